@@ -1,0 +1,24 @@
+"""Exact and EM answers to hold a variational autoencoder against.
+
+Each fit takes a data matrix and returns a result with ``log_prob(x)`` in nats per row, the exact
+``posterior(x)`` and ``sample(num_samples)``. All of it is computed in float64.
+"""
+
+from pyro_vae.baselines.factor_analysis import factor_analysis_em
+from pyro_vae.baselines.gaussian_mixture import (
+    GaussianMixtureFit,
+    gaussian,
+    gaussian_mixture_em,
+)
+from pyro_vae.baselines.linear_gaussian import LinearGaussianFit
+from pyro_vae.baselines.ppca import ppca, ppca_em
+
+__all__ = [
+    "GaussianMixtureFit",
+    "LinearGaussianFit",
+    "factor_analysis_em",
+    "gaussian",
+    "gaussian_mixture_em",
+    "ppca",
+    "ppca_em",
+]

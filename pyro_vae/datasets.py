@@ -1,0 +1,168 @@
+"""Data in memory: digits bundled with scikit-learn, MNIST through torchvision, batches."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from pyro_vae.checks import check_at_least
+
+__all__ = ["Batches", "binarize", "load_digits", "load_mnist"]
+
+Split = tuple[torch.Tensor, torch.Tensor]
+
+DIGITS_GREY_LEVELS = 17
+"""Grey levels of the 8x8 digits, 0 ... 16."""
+
+
+def load_digits(
+    *, dequantize: bool = True, test_fraction: float = 0.2, seed: int = 0
+) -> tuple[Split, Split]:
+    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels; needs no network.
+
+    With ``dequantize`` each grey level g in 0 ... 16 becomes (g + u) / 17, u uniform in [0, 1):
+    a continuous density on [0, 1], comparable between models, and a lower bound on the
+    probability of the grey levels (Theis et al. 2016, section 3.1). Without it, g / 16.
+
+    Args:
+        dequantize: Whether to add the noise.
+        test_fraction: Part of the images held out, classes in proportion.
+        seed: Seed of split and noise; the global random state is not touched.
+
+    Returns:
+        ``((x_train, y_train), (x_test, y_test))``: images ``(N, 64)`` in [0, 1] of the default
+        dtype, labels ``(N,)`` of int64.
+
+    Example:
+        >>> (x_train, y_train), (x_test, y_test) = load_digits()
+        >>> x_train.shape, x_test.shape
+        (torch.Size([1437, 64]), torch.Size([360, 64]))
+
+    References:
+        Theis et al. (2016), A note on the evaluation of generative models,
+        https://arxiv.org/abs/1511.01844
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(
+            f"load_digits: expected test_fraction in (0, 1), got {test_fraction}. "
+            "0.2 holds out every fifth image."
+        )
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    grey, label = datasets.load_digits(return_X_y=True)
+    x, y = torch.as_tensor(grey, dtype=torch.float64), torch.as_tensor(label)
+    if dequantize:
+        noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
+        x = (x + noise) / DIGITS_GREY_LEVELS
+    else:
+        x = x / (DIGITS_GREY_LEVELS - 1)
+    rows = train_test_split(
+        range(len(x)), test_size=test_fraction, random_state=seed, stratify=label
+    )
+    x = x.to(torch.get_default_dtype())
+    train, test = ((x[r], y[r]) for r in rows)
+    return train, test
+
+
+def load_mnist(
+    root: str | Path, *, download: bool = False, flatten: bool = True
+) -> tuple[Split, Split]:
+    """MNIST with its usual split, from a folder in torchvision's layout.
+
+    Args:
+        root: Folder that holds ``MNIST/raw``.
+        download: Whether to fetch what is missing.
+        flatten: Images as rows ``(N, 784)``, else ``(N, 1, 28, 28)``.
+
+    Returns:
+        ``((x_train, y_train), (x_test, y_test))``: grey values in [0, 1], labels of int64.
+        Binarise them (:func:`binarize`) for a Bernoulli likelihood.
+
+    Raises:
+        FileNotFoundError: If the files are not there and ``download`` is false.
+    """
+    from torchvision.datasets import MNIST
+
+    splits = []
+    for train in (True, False):
+        try:
+            data = MNIST(root=str(root), train=train, download=download)
+        except RuntimeError as err:
+            raise FileNotFoundError(
+                f"load_mnist: expected MNIST below {Path(root) / 'MNIST' / 'raw'}, got no such "
+                "files. Pass download=True (--download), or the folder that holds 'MNIST'."
+            ) from err
+        images = data.data.to(torch.get_default_dtype()) / 255
+        splits.append((images.flatten(1) if flatten else images.unsqueeze(1), data.targets))
+    return splits[0], splits[1]
+
+
+def binarize(x: torch.Tensor) -> torch.Tensor:
+    """Draws each pixel from a Bernoulli with its grey value as probability.
+
+    As ``transform`` of :class:`Batches` it is the dynamic binarisation of Burda et al. (2016):
+    fresh in every batch.
+
+    Raises:
+        ValueError: If a value lies outside [0, 1].
+
+    Example:
+        >>> binarize(torch.tensor([0.0, 1.0]))
+        tensor([0., 1.])
+    """
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError(
+            f"binarize: expected grey values in [0, 1], got [{float(x.min()):g}, "
+            f"{float(x.max()):g}]. Divide by the largest grey value first."
+        )
+    return torch.bernoulli(x)
+
+
+class Batches:
+    """Tensors in memory, in batches, shuffled anew each time they are walked.
+
+    Indexing whole batches is much faster than a loader that collects single rows.
+
+    Args:
+        *tensors: Tensors with the same number of rows.
+        batch_size: Rows in a batch; the last one may be shorter.
+        shuffle: Whether to shuffle, from torch's global generator.
+        transform: Applied to the first tensor of each batch, for instance :func:`binarize`.
+
+    Yields: a tensor, or a tuple of tensors if there are several.
+
+    Example:
+        >>> batches = Batches(torch.arange(5.0), batch_size=2, shuffle=False)
+        >>> len(batches), list(batches)
+        (3, [tensor([0., 1.]), tensor([2., 3.]), tensor([4.])])
+    """
+
+    def __init__(
+        self,
+        *tensors: torch.Tensor,
+        batch_size: int,
+        shuffle: bool = True,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        check_at_least("Batches", "batch_size", batch_size, 1)
+        lengths = [len(tensor) for tensor in tensors]
+        if not lengths or len(set(lengths)) > 1 or not lengths[0]:
+            raise ValueError(
+                f"Batches: expected tensors with the same number of rows, at least one, got "
+                f"{lengths}. Every row is one datum."
+            )
+        self.tensors, self.batch_size = tensors, batch_size
+        self.shuffle, self.transform = shuffle, transform
+
+    def __len__(self) -> int:
+        return -(-len(self.tensors[0]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[torch.Tensor | tuple[torch.Tensor, ...]]:
+        num_rows, device = len(self.tensors[0]), self.tensors[0].device
+        order = torch.randperm(num_rows) if self.shuffle else torch.arange(num_rows)
+        for rows in order.to(device).split(self.batch_size):
+            first, *others = (tensor[rows] for tensor in self.tensors)
+            if self.transform is not None:
+                first = self.transform(first)
+            yield (first, *others) if others else first

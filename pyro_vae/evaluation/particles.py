@@ -1,0 +1,163 @@
+"""Log-weights of a model/guide pair on one batch, any number of particles in bounded memory."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import detach_provenance, get_provenance
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_vae.evaluation.vectorised import Values, VectorisedProgram
+from pyro_vae.traces import (
+    DataPlates,
+    Pair,
+    is_latent,
+    is_random,
+    masked,
+    site_log_prob,
+    sites_of,
+)
+
+__all__ = ["Particles"]
+
+# Particles drawn from the guide at a time. A constant, so that neither the chunk size nor the
+# memory at hand changes which random numbers a particle gets.
+_BLOCK = 16
+
+
+class Particles:
+    """The log-weights log p(x, z) - log q(z | x) of particles z from the guide.
+
+    Args:
+        model: The model, bound to its arguments.
+        guide: The guide, bound to its arguments.
+        pair: A checked execution of both.
+        plates: Their data plates.
+        where: The function that asks, for the messages.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], Any],
+        guide: Callable[[], Any],
+        pair: Pair,
+        plates: DataPlates,
+        where: str,
+    ) -> None:
+        nesting = pair.max_plate_nesting
+        self._model = VectorisedProgram(model, "model", plates, nesting, where, pair.enumerated)
+        self._guide = VectorisedProgram(guide, "guide", plates, nesting, where)
+        self._sites = pair.guide_sites
+        self._nesting, self._plates, self._where = nesting, plates, where
+        self.device = pair.device
+        self._factorises = bool(self._sites) and _factorises(guide, set(self._sites))
+
+    def log_weights(self, num_particles: int, chunk_size: int) -> Iterator[torch.Tensor]:
+        """Yields ``num_particles`` log-weights in all: ``(<= chunk_size, *data)``, nats."""
+        values, log_q = self._draw(min(_BLOCK, num_particles))
+        num_drawn = len(log_q)
+        while True:
+            blocks = [(values, log_q)]
+            while num_drawn < num_particles and sum(len(q) for _, q in blocks) < chunk_size:
+                blocks.append(self._draw(min(_BLOCK, num_particles - num_drawn)))
+                num_drawn += len(blocks[-1][1])
+            values = {name: torch.cat([v[name] for v, _ in blocks]) for name in self._sites}
+            log_q = torch.cat([q for _, q in blocks])
+            if not len(log_q):
+                return
+            chunk = {name: value[:chunk_size] for name, value in values.items()}
+            log_p = self._model.score(chunk, len(log_q[:chunk_size]))
+            yield self._checked(log_p - log_q[:chunk_size], chunk)
+            values = {name: value[chunk_size:] for name, value in values.items()}
+            log_q = log_q[chunk_size:]
+
+    def draw(self, num: int) -> Values:
+        """Samples ``num`` particles from the guide: ``(num, *plates, *event)`` by site."""
+        return self._draw(num)[0]
+
+    def chunk_size_within(self, num_bytes: int) -> int:
+        """How many particles the model can take at once within a byte budget, at least 1.
+
+        The bytes are those of all tensors that one particle makes, an upper bound on its peak.
+        """
+        values, _ = self._draw(1)
+        with _ByteCounter() as counter:
+            self._model.score_one(values, 0)
+        return max(1, num_bytes // max(1, counter.num_bytes))
+
+    def _draw(self, num: int) -> tuple[Values, torch.Tensor]:
+        if not self._sites:  # All latents of the model are summed out.
+            return {}, torch.zeros(num, *self._plates.sizes, device=self.device)
+        if not self._factorises:
+            return self._guide.draw(num)
+        # The distributions do not depend on one another's values: the encoder's first and only
+        # run has given them all.
+        values, total = {}, 0.0
+        for name, site in self._sites.items():
+            fn = site["fn"]
+            value = fn.sample(torch.Size([num]))
+            log_prob = masked(fn.log_prob(value), site["mask"])
+            missing = (1,) * (self._nesting - len(fn.batch_shape))
+            values[name] = value.reshape(num, *missing, *value.shape[1:])
+            total = total + self._plates.sum_others(
+                log_prob.reshape(num, *missing, *log_prob.shape[1:]), leading=1
+            )
+        return values, torch.as_tensor(total)
+
+    def _checked(self, log_weights: torch.Tensor, values: Values) -> torch.Tensor:
+        bad = log_weights.isnan() | (log_weights == torch.inf)
+        if not bad.any():
+            return log_weights
+        particle = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
+        for role, program in (("guide", self._guide), ("model", self._model)):
+            for name, site in sites_of(program.trace_one(values, particle), is_random).items():
+                log_prob = site_log_prob(site)
+                wrong = log_prob.isnan() | (log_prob.abs() == torch.inf)
+                if wrong.any():
+                    raise ValueError(
+                        f"{self._where}: expected finite log-weights, got "
+                        f"{float(log_prob[wrong][0])} as log-density of site '{name}' in the "
+                        f"{role}. Look at the parameters and data that site depends on."
+                    )
+        raise ValueError(
+            f"{self._where}: expected finite log-weights, got {int(bad.sum())} that are not. "
+            "Look at the scales of the likelihood and of the guide."
+        )
+
+
+def _factorises(guide: Callable[[], Any], names: set[str]) -> bool:
+    """Whether no guide distribution depends on the value of another latent of the guide."""
+    if len(names) == 1:
+        return True
+    try:
+        with TrackProvenance():
+            trace = poutine.trace(guide).get_trace()
+        return all(
+            names.isdisjoint(
+                get_provenance(site["fn"].log_prob(detach_provenance(site["value"])))
+            )
+            for site in sites_of(trace, is_latent).values()
+        )
+    except Exception:  # Provenance does not pass every operation; not knowing costs only speed.
+        return False
+
+
+class _ByteCounter(TorchDispatchMode):
+    """Adds up the bytes of every tensor that is made inside, views excepted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not any(returned.alias_info for returned in func._schema.returns):
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    self.num_bytes += tensor.numel() * tensor.element_size()
+        return result

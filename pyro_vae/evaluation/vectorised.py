@@ -1,0 +1,277 @@
+"""A Pyro program run over many particles: all at once where it broadcasts, else one by one."""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import infer_discrete
+from pyro.ops import packed
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import LogRing
+from torch.distributions import constraints
+
+from pyro_vae.traces import (
+    DataPlates,
+    Site,
+    frames,
+    is_latent,
+    is_random,
+    site_log_prob,
+    sites_of,
+)
+
+__all__ = ["Values", "VectorisedProgram"]
+
+Values = dict[str, torch.Tensor]
+"""Latent values by site, ``(num, *plates, *event)`` with every plate dimension spelled out."""
+
+_PLATE = "_pyro_vae_particles"
+
+
+class VectorisedProgram:
+    """A model or guide, bound to its arguments, under a plate over particles.
+
+    The first scores are compared with those of single particles: a network may take the
+    particle dimension without complaint and still mix it up with another one.
+
+    Args:
+        program: The program without arguments.
+        role: "model" or "guide", for the messages.
+        plates: The data plates.
+        nesting: How many dimensions its plates take.
+        enumerated: Names of discrete latents to sum out.
+        where: The function that asks, for the messages.
+    """
+
+    def __init__(
+        self,
+        program: Callable[[], Any],
+        role: str,
+        plates: DataPlates,
+        nesting: int,
+        where: str,
+        enumerated: tuple[str, ...] = (),
+    ) -> None:
+        self._program = program
+        self._enumerating = poutine.infer_config(
+            program, lambda s: {"enumerate": "parallel"} if s["name"] in enumerated else {}
+        )
+        self._role = role
+        self._plates = plates
+        self._nesting = nesting
+        self._where = where
+        self._enumerated = enumerated
+        self._broadcasts: bool | None = None
+
+    def draw(self, num: int, given: Values | None = None) -> tuple[Values, torch.Tensor]:
+        """Samples ``num`` particles: their values and log-densities ``(num, *data)``, nats.
+
+        Latents in ``given`` keep their values there.
+        """
+        if self._broadcasts is not False:
+            try:
+                trace = self._trace_all(num, given)
+                values = {n: site["value"] for n, site in sites_of(trace, is_latent).items()}
+                log_density = self._log_density(trace, (num,))
+            except Exception as err:
+                self._fall_back(err)
+            else:
+                if self._broadcasts or self._agrees(values, log_density):
+                    return values, log_density
+        draws = [self._draw_one(given, k) for k in range(num)]
+        values = {name: torch.stack([v[name] for v, _ in draws]) for name in draws[0][0]}
+        return values, torch.stack([log_density for _, log_density in draws])
+
+    def draw_enumerated(self, values: Values, num: int) -> Values:
+        """Samples the enumerated latents given the data and ``values``, exactly."""
+        if self._broadcasts is None:
+            self.score(values, num)  # Compares all at once with one by one.
+        if self._broadcasts:
+            plate = pyro.plate(_PLATE, num, dim=-1 - self._nesting)
+            return self._infer_discrete(values, plate)
+        draws = [
+            self._infer_discrete({name: value[k] for name, value in values.items()})
+            for k in range(num)
+        ]
+        return {name: torch.cat([v[name] for v in draws]) for name in self._enumerated}
+
+    def score(self, values: Values, num: int) -> torch.Tensor:
+        """Log-density of the program at ``values``: nats, ``(num, *data)``, float64."""
+        if self._broadcasts is not False:
+            try:
+                log_density = self._log_density(self._trace_all(num, values), (num,))
+            except Exception as err:
+                if self._broadcasts:
+                    raise
+                self._fall_back(err)
+            else:
+                if self._broadcasts or self._agrees(values, log_density):
+                    return log_density
+        return torch.stack([self.score_one(values, k) for k in range(num)])
+
+    def score_one(self, values: Values, k: int) -> torch.Tensor:
+        """Log-density of particle ``k`` of ``values``: nats, shape of the data."""
+        return self._log_density(self.trace_one(values, k), ())
+
+    def trace_one(self, values: Values, k: int) -> poutine.Trace:
+        """Runs the program as its author wrote it, at particle ``k`` of ``values``."""
+        return self._trace({name: value[k] for name, value in values.items()})
+
+    def _trace_all(self, num: int, values: Values | None = None) -> poutine.Trace:
+        with pyro.plate(_PLATE, num, dim=-1 - self._nesting):
+            return self._trace(values)
+
+    def _trace(self, values: Values | None) -> poutine.Trace:
+        program = self._enumerating if self._enumerated else self._program
+        if values is not None:
+            program = poutine.replay(program, trace=_as_trace(values))
+        if self._enumerated:
+            program = poutine.enum(program, first_available_dim=-2 - self._nesting)
+        with pyro.validation_enabled(False):
+            return poutine.trace(program).get_trace()
+
+    def _draw_one(self, given: Values | None, k: int) -> tuple[Values, torch.Tensor]:
+        trace = self._trace({name: value[k] for name, value in given.items()} if given else None)
+        values = {}
+        for name, site in sites_of(trace, is_latent).items():
+            value = site["value"]
+            missing = self._nesting + site["fn"].event_dim - value.dim()
+            values[name] = value.reshape((1,) * missing + value.shape)
+        return values, self._log_density(trace, ())
+
+    def _infer_discrete(self, values: Values, particles: Any = None) -> Values:
+        """Samples the enumerated latents: ``(num or 1, *plates, *event)``."""
+        replayed = poutine.replay(self._enumerating, trace=_as_trace(values))
+
+        def program() -> None:
+            with particles or nullcontext():
+                replayed()
+
+        sampled = infer_discrete(program, first_available_dim=-2 - self._nesting)
+        with pyro.validation_enabled(False):
+            trace = poutine.trace(sampled).get_trace()
+        drawn = {}
+        for name in self._enumerated:
+            site = trace.nodes[name]
+            value, event_dim = site["value"], site["fn"].event_dim
+            missing = 1 + self._nesting + event_dim - value.dim()
+            value = value.reshape((1,) * missing + value.shape)
+            drawn[name] = value.expand(particles.size if particles else 1, *value.shape[1:])
+        return drawn
+
+    def _log_density(self, trace: poutine.Trace, particles: tuple[int, ...]) -> torch.Tensor:
+        if self._enumerated:
+            return self._marginal_log_density(trace, particles)
+        total: torch.Tensor | float = 0.0
+        for site in sites_of(trace, is_random).values():
+            if self._role == "model":
+                self._check_support(site)
+            # A replayed site is not expanded by the plates around it.
+            shape = [*particles, *(1,) * self._nesting]
+            for frame in frames(site):
+                shape[frame.dim] = frame.size
+            log_prob = site_log_prob(site)
+            log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, shape))
+            total = total + self._plates.sum_others(log_prob, leading=len(particles))
+        return torch.as_tensor(total)
+
+    def _marginal_log_density(
+        self, trace: poutine.Trace, particles: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Sums the enumerated latents out, by tensor variable elimination within the plates."""
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        sizes: dict[str, int] = {}
+        factors: OrderedDict[frozenset[str], list[torch.Tensor]] = OrderedDict()
+        for site in sites_of(trace, is_random).values():
+            around = {trace.plate_to_symbol[f.name]: f.size for f in frames(site)}
+            sizes.update(around)
+            factor = packed.scale_and_mask(
+                site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"]
+            )
+            factors.setdefault(frozenset(around), []).append(factor)
+        keep = [*self._plates.names, *([_PLATE] if particles else [])]
+        symbols = [
+            site["infer"].get("_enumerate_symbol")
+            for site in sites_of(trace, is_random).values()
+        ]
+        total = contract_to_tensor(
+            factors,
+            {symbol for symbol in symbols if symbol},
+            target_ordinal=frozenset(trace.plate_to_symbol[name] for name in keep),
+            ring=LogRing(dim_to_size=sizes),
+        )
+        total = packed.unpack(total, trace.symbol_to_dim)
+        total = self._plates.sum_others(total, leading=len(particles))
+        return total.reshape([*particles, *self._plates.sizes])
+
+    def _check_support(self, site: Site) -> None:
+        """Validation is off in the chunks; torch then returns finite densities outside."""
+        if not is_latent(site):
+            return
+        support = site["fn"].support
+        base = support
+        while isinstance(base, constraints.independent):
+            base = base.base_constraint
+        if base is not constraints.real and not support.check(site["value"]).all():
+            raise OutsideSupportError(
+                f"{self._where}: expected the guide to sample site '{site['name']}' in the "
+                f"support {support} of the model, got values outside it. Use a guide "
+                "distribution with the same support."
+            )
+
+    def _agrees(self, values: Values, log_density: torch.Tensor) -> bool:
+        """Compares the first and last particle with the program run on each alone."""
+        for k in {0, len(log_density) - 1}:
+            alone = self.score_one(values, k)
+            if not _close(log_density[k], alone, values):
+                if not _close(self.score_one(values, k), alone, values):
+                    raise ValueError(
+                        f"{self._where}: expected a {self._role} whose log-density is fixed by "
+                        "its latent values, got two values for the same latents. Put its "
+                        "randomness into pyro.sample sites."
+                    )
+                self._fall_back(None)
+                return False
+        self._broadcasts = True
+        return True
+
+    def _fall_back(self, err: Exception | None) -> None:
+        if isinstance(err, OutsideSupportError):
+            raise err
+        self._broadcasts = False
+        what = f"raised {type(err).__name__}: {err}" if err else "gave other log-densities"
+        warnings.warn(
+            f"{self._where}: the {self._role} does not broadcast over particles (with a leading "
+            f"particle dimension it {what}), so particles run one at a time: the same numbers, "
+            "slowly. Let its networks accept (*sample, batch, *event), for instance with "
+            "pyro_vae.nets.FlattenLeading.",
+            stacklevel=2,
+        )
+
+
+class OutsideSupportError(ValueError):
+    """A guide's value where the model has no density."""
+
+
+def _as_trace(values: Values) -> poutine.Trace:
+    trace = poutine.Trace()
+    for name, value in values.items():
+        trace.add_node(
+            name, name=name, type="sample", is_observed=False, value=value, infer={}
+        )
+    return trace
+
+
+def _close(first: torch.Tensor, second: torch.Tensor, values: Values) -> bool:
+    """Equal up to the rounding of the coarsest dtype among the latents."""
+    eps = max(
+        (torch.finfo(v.dtype).eps for v in values.values() if v.is_floating_point()),
+        default=torch.finfo(torch.get_default_dtype()).eps,
+    )
+    return torch.allclose(first, second, rtol=eps**0.5, atol=eps**0.5, equal_nan=True)

@@ -1,0 +1,120 @@
+"""Effect handlers around a model or a guide."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+
+from pyro_vae.traces import is_latent
+
+__all__ = ["ScaleKLMessenger", "scale_kl"]
+
+
+@runtime_checkable
+class HasValue(Protocol):
+    """Anything with a 0-d tensor ``value``, such as a schedule."""
+
+    value: torch.Tensor
+
+
+class ScaleKLMessenger(Messenger):
+    """The handler behind :func:`scale_kl`."""
+
+    def __init__(self, scale: float | torch.Tensor | HasValue) -> None:
+        super().__init__()
+        value = scale.value if isinstance(scale, HasValue) else scale
+        if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
+            raise TypeError(
+                f"scale_kl: expected scale to be a number, a 0-d tensor or a schedule, got "
+                f"{type(scale).__name__}. Call scale_kl(model, 0.5) and scale_kl(guide, 0.5)."
+            )
+        if isinstance(value, torch.Tensor) and value.dim() != 0:
+            raise ValueError(
+                f"scale_kl: expected a 0-d tensor scale, got shape {tuple(value.shape)}. "
+                "Use pyro.poutine.mask or pyro.poutine.scale for weights per datum."
+            )
+        if not 0 <= float(value) < float("inf"):
+            raise ValueError(
+                f"scale_kl: expected a finite scale >= 0, got {float(value)}. "
+                "beta = 0 switches the KL off, beta = 1 gives the ELBO."
+            )
+        # The tensor itself is kept: a schedule updates it in place.
+        self.scale = value
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_latent(msg):
+            # Not poutine.scale: that refuses the scale 0.
+            msg["scale"] = msg["scale"] * self.scale
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        """Refuses a latent summed out in the model alone, where beta has no meaning.
+
+        Its sum replaces the expectation under a guide, so there is no KL to scale.
+        """
+        if not is_latent(msg) or msg["infer"].get("_enumerate_dim") is None:
+            return
+        replays = [handler for handler in _PYRO_STACK if isinstance(handler, ReplayMessenger)]
+        in_guide = any(h.trace is not None and msg["name"] in h.trace for h in replays)
+        if replays and not in_guide and float(self.scale) != 1.0:
+            raise ValueError(
+                f"scale_kl: expected a guide distribution for site '{msg['name']}', got a site "
+                "that is enumerated in the model alone, where no KL exists to scale. "
+                f"Sample '{msg['name']}' in the guide with infer={{'enumerate': 'parallel'}}."
+            )
+
+
+def scale_kl(
+    fn: Callable[..., Any] | None = None, scale: float | torch.Tensor | HasValue | None = None
+) -> Any:
+    r"""Multiplies the log-probability of every latent site by ``scale``.
+
+    Around model *and* guide this is the beta-VAE objective, whichever ELBO evaluates it:
+
+    .. math:: E_q[\log p(x \mid z)] - \beta\, KL(q(z \mid x) \,\|\, p(z))
+
+    Wrap both sides: on one side only, ``Trace_ELBO`` and ``TraceMeanField_ELBO`` disagree.
+    Observed sites, ``pyro.factor``, plates and masks are left alone. Training weights are not
+    probabilities: evaluation ignores them. Apply ``poutine.condition`` inside
+    (``scale_kl(poutine.condition(model, data), beta)``), so that a conditioned site is seen as
+    observed. Like Pyro's own handlers it is a wrapper, a decorator and a context manager.
+
+    Args:
+        fn: A model or guide.
+        scale: beta >= 0; a float, a 0-d tensor or a schedule, whose tensor is read at each run.
+
+    Returns:
+        The wrapped ``fn``, or the handler when ``fn`` is not given.
+
+    Raises:
+        TypeError: If ``scale`` is missing or not a number, tensor or schedule.
+        ValueError: If ``scale`` is negative, not finite or not 0-d; while running, if a latent
+            is enumerated in the model alone and ``scale`` is not 1.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro import poutine
+        >>> def guide():
+        ...     return pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> trace = poutine.trace(scale_kl(guide, 4.0)).get_trace()
+        >>> trace.compute_log_prob()
+        >>> z = trace.nodes["z"]
+        >>> bool(z["log_prob"] == 4.0 * z["unscaled_log_prob"])
+        True
+
+    References:
+        Higgins et al. (2017), beta-VAE: Learning basic visual concepts with a constrained
+        variational framework, https://openreview.net/forum?id=Sy2fzU9gl
+    """
+    if fn is not None and not callable(fn):
+        raise TypeError(
+            f"scale_kl: expected a model or guide first, got {type(fn).__name__}. "
+            "As a decorator or context manager write scale_kl(scale=0.5)."
+        )
+    if scale is None:
+        raise TypeError("scale_kl: expected a scale, got None. Call scale_kl(fn, 0.5).")
+    handler = ScaleKLMessenger(scale)
+    return handler if fn is None else handler(fn)
