@@ -32,7 +32,5 @@ class ExactGaussianMixture(Program):
         """Samples components for a batch ``(batch, D)``: ``(*sample, batch)``."""
         posterior = self._model[0].posterior(x)
         with pyro.plate("data", len(x)):
-            component: torch.Tensor = pyro.sample(
-                "z", posterior, infer={"enumerate": "parallel"}
-            )
+            component: torch.Tensor = pyro.sample("z", posterior, infer={"enumerate": "parallel"})
         return component

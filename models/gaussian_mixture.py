@@ -1,6 +1,6 @@
 """The mixture of Gaussians: a model with a discrete latent."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -39,6 +39,11 @@ class GaussianMixture(Program):
         >>> model.log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
+
+    # Attributes of type PyroParam read as tensors.
+    weights: Any
+    locs: Any
+    scale: Any
 
     def __init__(
         self,

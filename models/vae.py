@@ -6,6 +6,7 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import is_validation_enabled
+from pyro.poutine.runtime import get_mask
 
 from pyro_vae.checks import check_data, check_values
 from pyro_vae.program import Program
@@ -65,6 +66,6 @@ class VAE(Program):
             fn = self.likelihood(self.decoder(self.prior()))
             check_data("VAE", "x", x, tuple(fn.event_shape))
             if is_validation_enabled():
-                check_values("VAE", "x", fn, x)
+                check_values("VAE", "x", fn, x, get_mask())
             result: torch.Tensor = pyro.sample("x", fn, obs=x)
         return result

@@ -80,33 +80,50 @@ def check_observations(where: str, sites: dict[str, Any]) -> None:
     """
     for name, site in sites.items():
         value, mask = site["value"], site["mask"]
-        if not isinstance(value, torch.Tensor) or mask is False:
+        if not isinstance(value, torch.Tensor):
             continue
-        if isinstance(mask, torch.Tensor):
-            value = value[mask.expand(value.shape[: value.dim() - site["fn"].event_dim])]
-        check_values(where, name, site["fn"], value)
+        check_values(where, name, site["fn"], value, mask)
 
 
-def check_values(where: str, name: str, fn: Any, value: torch.Tensor) -> None:
-    """Raises if ``value`` is not finite or outside the support of ``fn``, with the usual fix."""
+def check_values(
+    where: str, name: str, fn: Any, value: torch.Tensor, mask: torch.Tensor | bool | None = None
+) -> None:
+    """Raises if ``value`` is not finite or outside the support of ``fn``, with the usual fix.
+
+    Values where ``mask`` is false are not looked at.
+    """
+    if mask is False:
+        return
     base = fn
     while hasattr(base, "base_dist"):
         if hasattr(base, "_mask"):
             return
         base = base.base_dist
-    _check_finite(where, name, value)
-    if not fn.support.check(value).all():
-        _raise_outside_support(where, name, value, base, fn)
+    seen = value
+    if isinstance(mask, torch.Tensor):
+        batch_shape = value.shape[: value.dim() - fn.event_dim]
+        event_shape = value.shape[len(batch_shape) :]
+        batch_shape = torch.broadcast_shapes(batch_shape, mask.shape)
+        seen = value.expand(batch_shape + event_shape)[mask.expand(batch_shape)]
+    _check_finite(where, name, seen)
+    valid = fn.support.check(value)
+    if isinstance(mask, torch.Tensor):
+        valid = valid | ~mask
+    if not valid.all():
+        _raise_outside_support(where, name, seen, base, fn)
 
 
-def _check_finite(where: str, name: str, value: torch.Tensor) -> None:
+def _check_finite(
+    where: str, name: str | None, value: torch.Tensor, cause: Exception | None = None
+) -> None:
     if value.is_floating_point() and not value.isfinite().all():
         num_nan, num_inf = int(value.isnan().sum()), int(value.isinf().sum())
+        at = f" at site '{name}'" if name else f" in the argument of shape {tuple(value.shape)}"
         raise ValueError(
-            f"{where}: expected finite data at site '{name}', got {num_nan} NaN and {num_inf} "
+            f"{where}: expected finite data{at}, got {num_nan} NaN and {num_inf} "
             "infinite values. Remove those rows, or mark the entries as unobserved with "
             "pyro.poutine.mask."
-        )
+        ) from cause
 
 
 def _raise_outside_support(where: str, name: str, value: torch.Tensor, base: Any, fn: Any) -> None:
@@ -132,8 +149,8 @@ _LOG_PROB = re.compile(r"at site \"?'?(?P<site>[^\"']+)\"?'?, invalid log_prob s
 
 
 @contextmanager
-def explained(where: str) -> Iterator[None]:
-    """Adds the usual cause to Pyro's messages about shapes."""
+def explained(where: str, arguments: Any = ()) -> Iterator[None]:
+    """Adds the usual cause to Pyro's messages: about shapes, and NaN that come from the data."""
     try:
         yield
     except ValueError as err:
@@ -150,6 +167,10 @@ def explained(where: str) -> Iterator[None]:
                 "more. Was `.to_event(1)` forgotten? It declares the dimensions of one datum: "
                 "dist.Normal(loc, scale).to_event(1)."
             ) from err
+        if "to satisfy the constraint" in str(err):  # A guide meets the data before the model.
+            for leaf in tree_leaves(arguments):
+                if isinstance(leaf, torch.Tensor):
+                    _check_finite(where, None, leaf, err)
         raise
 
 

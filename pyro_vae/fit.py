@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any, Protocol
 
-import pyro
 import torch
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -182,5 +181,5 @@ def _num_rows(args: tuple[Any, ...]) -> int:
 
 
 def _bar(batches: Iterable[Any], num_epochs: int, progress: bool) -> "tqdm[Any]":
-    total = num_epochs * len(batches) if hasattr(batches, "__len__") else None
+    total = num_epochs * len(batches) if isinstance(batches, Sized) else None
     return tqdm(total=total, unit="step", disable=not progress, leave=True, mininterval=0.5)

@@ -27,14 +27,14 @@ def look_at(programs: Programs, args: Any, num_rows: int) -> Callable[[int], flo
     random_state = pyro.util.get_rng_state()
     try:
         with without_side_effects(*programs):
-            pair = trace_pair(*programs, args, {}, "fit")
+            pair = trace_pair(programs[0], programs[1], args, {}, "fit")
     finally:
         pyro.util.set_rng_state(random_state)
     local = [f for site in sites_of(pair.model_trace, is_random).values() if (f := frames(site))]
     shared = frozenset.intersection(*local) if local else frozenset()
     full_size = size = 1
     for frame in shared:
-        full_size, size = full_size * (frame.full_size or frame.size), size * frame.size
+        full_size, size = full_size * (frame.full_size), size * frame.size
     if full_size != size:
         return lambda _: full_size
     per_row = size / num_rows if shared else 1.0
@@ -100,7 +100,9 @@ class Snapshot:
 def _parameters(programs: Programs) -> Iterator[torch.Tensor]:
     seen: set[int] = set()
     stored = [tensor for _, tensor in pyro.get_param_store().named_parameters()]
-    owned = [p for program in programs if isinstance(program, nn.Module) for p in program.parameters()]
+    owned = [
+        p for program in programs if isinstance(program, nn.Module) for p in program.parameters()
+    ]
     for tensor in stored + owned:
         if id(tensor) not in seen:
             seen.add(id(tensor))

@@ -8,6 +8,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 
+from pyro_vae.isolation import Evaluating
 from pyro_vae.traces import is_latent
 
 __all__ = ["ScaleKLMessenger", "scale_kl"]
@@ -56,9 +57,18 @@ class ScaleKLMessenger(Messenger):
         """
         if not is_latent(msg) or msg["infer"].get("_enumerate_dim") is None:
             return
-        replays = [handler for handler in _PYRO_STACK if isinstance(handler, ReplayMessenger)]
-        in_guide = any(h.trace is not None and msg["name"] in h.trace for h in replays)
-        if replays and not in_guide and float(self.scale) != 1.0:
+        if any(isinstance(handler, Evaluating) for handler in _PYRO_STACK):
+            return
+        # TraceEnum_ELBO replays a guide too, on a trace that ends where it got to.
+        guides = [
+            handler.trace
+            for handler in _PYRO_STACK
+            if isinstance(handler, ReplayMessenger)
+            and handler.trace is not None
+            and "_RETURN" in handler.trace
+        ]
+        in_guide = any(msg["name"] in trace for trace in guides)
+        if guides and not in_guide and float(self.scale) != 1.0:
             raise ValueError(
                 f"scale_kl: expected a guide distribution for site '{msg['name']}', got a site "
                 "that is enumerated in the model alone, where no KL exists to scale. "

@@ -7,10 +7,15 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["evaluation_mode", "without_side_effects"]
+__all__ = ["Evaluating", "evaluation_mode", "without_side_effects"]
+
+
+class Evaluating(Messenger):
+    """Tells the handlers of training that their weights do not count."""
 
 
 def _named_modules(program: Callable[..., Any]) -> Iterator[nn.Module]:
@@ -56,7 +61,7 @@ def without_side_effects(*programs: Callable[..., Any]) -> Iterator[None]:
     """Evaluation mode without gradients; parameters born inside the block go at its end."""
     store = pyro.get_param_store()
     before = set(store.keys())
-    with torch.no_grad(), evaluation_mode(*programs):
+    with torch.no_grad(), evaluation_mode(*programs), Evaluating():
         try:
             yield
         finally:

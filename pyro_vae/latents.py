@@ -179,7 +179,9 @@ def traverse(
     code = encode(guide, x, site=name).mean
     rows = []
     for dim in range(code.shape[-1]) if dims is None else dims:
-        moved = [code.index_fill(-1, torch.tensor([dim], device=code.device), float(v)) for v in values]
+        moved = [
+            code.index_fill(-1, torch.tensor([dim], device=code.device), float(v)) for v in values
+        ]
         rows.append(torch.stack([decode(model, {name: z}, x).mean for z in moved]))
     return torch.stack(rows)
 
@@ -207,7 +209,7 @@ def _one(trace: poutine.Trace, kind: Callable[[Any], bool], site: str | None, wh
 
 def _center(fn: TorchDistribution, value: torch.Tensor) -> torch.Tensor:
     """The mean of a continuous distribution that knows it, else the sample."""
-    if fn.support.is_discrete:
+    if getattr(fn.support, "is_discrete", False):
         return value
     try:
         return fn.mean

@@ -209,6 +209,9 @@ class MultivariateNormalEncoder(nn.Module):
         torch.Size([5, 3, 3])
     """
 
+    _row: torch.Tensor
+    _column: torch.Tensor
+
     def __init__(self, net: nn.Module, latent_dim: int) -> None:
         super().__init__()
         self.net, self.latent_dim = net, latent_dim

@@ -38,7 +38,5 @@ class StandardNormalPrior(PyroModule):
 
     def forward(self) -> torch.Tensor:
         """Samples the code within the plates around the call."""
-        code: torch.Tensor = pyro.sample(
-            self.site, dist.Normal(self.loc, self.scale).to_event(1)
-        )
+        code: torch.Tensor = pyro.sample(self.site, dist.Normal(self.loc, self.scale).to_event(1))
         return code

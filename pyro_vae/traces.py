@@ -4,16 +4,24 @@ Nothing here depends on the names a program gives its sites and plates.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.distributions import Delta
 from pyro.poutine.util import site_is_subsample
 
 from pyro_vae.checks import check_arguments, check_observations, explained
 
-__all__ = ["DataPlates", "Pair", "data_plates", "is_latent", "is_observed", "is_random", "trace_pair"]
+__all__ = [
+    "DataPlates",
+    "Pair",
+    "data_plates",
+    "is_latent",
+    "is_observed",
+    "is_random",
+    "trace_pair",
+]
 
 Site = Any
 """A Pyro message, as a trace stores it."""
@@ -34,6 +42,13 @@ def is_observed(site: Site) -> bool:
 def is_random(site: Site) -> bool:
     """Whether a message contributes to the joint density."""
     return is_latent(site) or is_observed(site)
+
+
+def is_point_mass(fn: Any) -> bool:
+    """Whether a distribution is a Delta, perhaps reshaped or masked."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 def sites_of(trace: poutine.Trace, kind: Any) -> dict[str, Site]:
@@ -59,9 +74,22 @@ def masked(log_prob: torch.Tensor, mask: torch.Tensor | bool | None) -> torch.Te
     return torch.where(mask, log_prob, log_prob.new_zeros(()))
 
 
-def frames(site: Site) -> frozenset[CondIndepStackFrame]:
+class Plate(NamedTuple):
+    """A vectorised plate around a site; ``full_size`` exceeds ``size`` under subsampling."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+
+def frames(site: Site) -> frozenset[Plate]:
     """The vectorised plates around a site (sequential ones are loops, not dimensions)."""
-    return frozenset(f for f in site["cond_indep_stack"] if f.vectorized)
+    return frozenset(
+        Plate(f.name, f.dim, f.size, f.full_size or f.size)
+        for f in site["cond_indep_stack"]
+        if f.vectorized
+    )
 
 
 @dataclass(frozen=True)
@@ -108,7 +136,7 @@ class DataPlates:
         return log_prob.sum(others) if others else log_prob
 
 
-def _raise_outside(around: dict[str, frozenset[CondIndepStackFrame]], where: str) -> None:
+def _raise_outside(around: dict[str, frozenset[Plate]], where: str) -> None:
     plates = [f for frame_set in around.values() for f in frame_set]
     if not plates:
         raise ValueError(
@@ -120,8 +148,8 @@ def _raise_outside(around: dict[str, frozenset[CondIndepStackFrame]], where: str
     raise ValueError(
         f"{where}: expected every sample site inside plate '{most.name}', got site "
         f"'{outside[0]}' outside it, so that the data are not independent given the parameters "
-        f"and no value per datum exists. Condition on it "
-        f"(pyro.poutine.condition(model, data={{'{outside[0]}': value}})) or move it inside."
+        f"and no value per datum exists. Fix its value in model and guide "
+        f"(pyro.poutine.do(model, data={{'{outside[0]}': value}})) or move it inside."
     )
 
 
@@ -175,9 +203,12 @@ def trace_pair(model: Any, guide: Any, args: Any, kwargs: Any, where: str) -> Pa
             that does not fit its plate; latents on one side only.
     """
     check_arguments(where, (args, kwargs))
-    with explained(where):
+    with explained(where, (args, kwargs)):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+        latents = guide_trace.copy()
+        for name in sites_of(guide_trace, site_is_subsample):
+            latents.remove_node(name)  # Each side has its own plates, to be compared later.
+        model_trace = poutine.trace(poutine.replay(model, trace=latents)).get_trace(
             *args, **kwargs
         )
     for trace in (guide_trace, model_trace):

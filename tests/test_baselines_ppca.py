@@ -262,6 +262,9 @@ def test_bad_data_are_refused(fit: Fit) -> None:
         fit(x + 0j, 2)
     with pytest.raises(TypeError, match=f"{name}: expected `x` to be a tensor .* got str"):
         fit("data", 2)
+    for scale in (1e200, 1e-200):
+        with pytest.raises(ValueError, match=f"{name}: expected entries .* Rescale the data"):
+            fit(scale * x, 2)
     x[0, :3] = torch.tensor([torch.nan, torch.nan, torch.inf])
     with pytest.raises(ValueError, match="got 2 NaN and 1 infinite of 1200 entries"):
         fit(x, 2)

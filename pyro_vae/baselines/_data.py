@@ -20,7 +20,8 @@ def as_data_matrix(x: object, where: str) -> Tensor:
 
     Raises:
         TypeError: If ``x`` does not hold real numbers.
-        ValueError: If ``x`` is no matrix of at least two rows, or not finite.
+        ValueError: If ``x`` is no matrix of at least two rows, or is not finite, or so large or
+            small throughout that its squares leave the range of float64.
 
     Example:
         >>> as_data_matrix([[1, 2], [3, 4]], "demo").dtype
@@ -55,6 +56,12 @@ def as_data_matrix(x: object, where: str) -> Tensor:
         raise ValueError(
             f"{where}: expected `x` to be finite, got {num_nan} NaN and {num_bad - num_nan} "
             f"infinite of {data.numel()} entries. Drop or impute them first."
+        )
+    largest = float(data.abs().max())
+    if largest > 1e150 or 0.0 < largest < 1e-150:
+        raise ValueError(
+            f"{where}: expected entries of `x` whose squares float64 can hold, got {largest:.3g} "
+            "as the largest magnitude. Rescale the data."
         )
     return data
 

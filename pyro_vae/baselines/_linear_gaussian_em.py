@@ -10,7 +10,7 @@ from pyro_vae.baselines._data import check_integer, covariance_root
 from pyro_vae.baselines._em import run_em
 from pyro_vae.baselines.linear_gaussian import LinearGaussianFit, posterior_factors
 
-__all__ = ["check_latent_dim", "check_rank", "linear_gaussian_em"]
+__all__ = ["check_latent_dim", "linear_gaussian_em"]
 
 
 def check_latent_dim(latent_dim: int, num_columns: int, where: str) -> None:
@@ -35,34 +35,6 @@ def check_latent_dim(latent_dim: int, num_columns: int, where: str) -> None:
         )
     fix = "Without latents the model is baselines.gaussian; with one per column it is not unique."
     check_integer(latent_dim, "latent_dim", 1, num_columns - 1, where, fix)
-
-
-def check_rank(singular_values: Tensor, latent_dim: int, num_rows: int, where: str) -> None:
-    """Raise unless some variance is left over for the noise.
-
-    Args:
-        singular_values: Of the covariance root, descending, shape ``(min(N, D),)``.
-        latent_dim: Number of latents L.
-        num_rows: Number of rows N.
-        where: Name of the calling function, for the error message.
-
-    Raises:
-        ValueError: If the covariance has rank ``latent_dim`` or lower, so that the noise variance
-            would be zero and the likelihood infinite.
-
-    Example:
-        >>> check_rank(torch.tensor([2.0, 1.0]), 1, 10, "demo")
-    """
-    eps = torch.finfo(singular_values.dtype).eps
-    threshold = eps * max(num_rows, len(singular_values)) * singular_values[0]
-    rank = int((singular_values > threshold).sum())
-    if rank <= latent_dim:
-        fix = f"Use latent_dim < {rank}, or" if rank > 1 else "Pass"
-        raise ValueError(
-            f"{where}: expected a sample covariance of rank above latent_dim = {latent_dim}, "
-            f"got rank {rank} from {num_rows} rows, which makes the noise variance zero and the "
-            f"likelihood infinite. {fix} more data."
-        )
 
 
 def linear_gaussian_em(

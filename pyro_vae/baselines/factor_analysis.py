@@ -1,15 +1,11 @@
 """Factor analysis by EM."""
 
-import torch
 from torch import Tensor
 
 from pyro_vae.baselines._data import as_data_matrix, constant_columns
 from pyro_vae.baselines._em import check_stopping
-from pyro_vae.baselines._linear_gaussian_em import (
-    check_latent_dim,
-    check_rank,
-    linear_gaussian_em,
-)
+from pyro_vae.baselines._linear_gaussian_em import check_latent_dim, linear_gaussian_em
+from pyro_vae.baselines._principal import principal_parameters
 from pyro_vae.baselines.linear_gaussian import LinearGaussianFit
 
 __all__ = ["factor_analysis_em"]
@@ -44,6 +40,7 @@ def factor_analysis_em(
             ``latent_dim`` or lower, or the noise variance of some column falls to zero.
 
     Example:
+        >>> import torch
         >>> z = torch.randn(500, 1)
         >>> noise = torch.randn(500, 3) * torch.tensor([0.1, 1.0, 2.0])
         >>> fit = factor_analysis_em(z + noise, latent_dim=1)
@@ -68,12 +65,9 @@ def factor_analysis_em(
 
     def start(root: Tensor) -> tuple[Tensor, Tensor]:
         scale = root.square().sum(0).sqrt()
-        _, singular_values, rotation = torch.linalg.svd(root / scale, full_matrices=False)
-        check_rank(singular_values, latent_dim, num_rows, "factor_analysis_em")
-        eigenvalues = singular_values.square()
-        noise_variance = eigenvalues[latent_dim:].sum() / (num_columns - latent_dim)
-        weight_scale = (eigenvalues[:latent_dim] - noise_variance).clamp(min=0.0).sqrt()
-        weight = rotation[:latent_dim].mT * weight_scale
+        weight, noise_variance = principal_parameters(
+            root / scale, latent_dim, num_rows, "factor_analysis_em"
+        )
         return weight * scale.unsqueeze(-1), noise_variance * scale.square()
 
     def check(noise_variance: Tensor) -> Tensor:

@@ -5,11 +5,8 @@ from torch import Tensor
 
 from pyro_vae.baselines._data import as_data_matrix, covariance_root
 from pyro_vae.baselines._em import check_stopping
-from pyro_vae.baselines._linear_gaussian_em import (
-    check_latent_dim,
-    check_rank,
-    linear_gaussian_em,
-)
+from pyro_vae.baselines._linear_gaussian_em import check_latent_dim, linear_gaussian_em
+from pyro_vae.baselines._principal import check_rank, principal_parameters
 from pyro_vae.baselines.linear_gaussian import LinearGaussianFit
 
 __all__ = ["ppca", "ppca_em"]
@@ -40,9 +37,8 @@ def ppca(x: Tensor, latent_dim: int) -> LinearGaussianFit:
     Example:
         >>> x = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
         >>> fit = ppca(x, latent_dim=1)
-        >>> fit.weight, fit.noise_variance
-        (tensor([[2.],
-                [0.]], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64))
+        >>> fit.weight.norm(), fit.noise_variance
+        (tensor(2., dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64))
 
     References:
         Tipping and Bishop 1999, "Probabilistic principal component analysis", eq. 7 and 8,
@@ -52,19 +48,8 @@ def ppca(x: Tensor, latent_dim: int) -> LinearGaussianFit:
     num_rows, num_columns = data.shape
     check_latent_dim(latent_dim, num_columns, "ppca")
     loc, root = covariance_root(data)
-    _, singular_values, rotation = torch.linalg.svd(root, full_matrices=False)
-    check_rank(singular_values, latent_dim, num_rows, "ppca")
-    eigenvalues = singular_values.square()
-    # With fewer rows than columns, the eigenvalues that are missing here are zeros.
-    noise_variance = eigenvalues[latent_dim:].sum() / (num_columns - latent_dim)
-    # Equal eigenvalues may fall below their own mean by rounding, hence the clamp.
-    scale = (eigenvalues[:latent_dim] - noise_variance).clamp(min=0.0).sqrt()
-    axes = rotation[:latent_dim]
-    largest = axes.abs().argmax(-1, keepdim=True)
-    weight = (axes * axes.gather(-1, largest).sign()).mT * scale
-    return LinearGaussianFit(
-        loc, weight + 0.0, noise_variance.repeat(num_columns), data.new_empty(0)
-    )
+    weight, noise_variance = principal_parameters(root, latent_dim, num_rows, "ppca")
+    return LinearGaussianFit(loc, weight, noise_variance.repeat(num_columns), data.new_empty(0))
 
 
 def ppca_em(

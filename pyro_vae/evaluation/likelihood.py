@@ -4,15 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from pyro.distributions import Delta
-
 from pyro_vae.checks import check_at_least, refuse_subsampling
 from pyro_vae.evaluation.estimate import LogLikelihoodEstimate
 from pyro_vae.evaluation.particles import Particles
 from pyro_vae.evaluation.weights import LogWeightSums
 from pyro_vae.isolation import without_side_effects
-from pyro_vae.traces import Pair, data_plates, trace_pair
+from pyro_vae.traces import Pair, data_plates, is_point_mass, trace_pair
 
 __all__ = ["importance_weighted_log_likelihood"]
 
@@ -112,10 +109,7 @@ def _refuse_point_mass(pair: Pair, where: str) -> None:
     if any(site["infer"].get("is_auxiliary") for site in sites.values()):
         return  # A transformed auxiliary variable: the Delta carries its Jacobian.
     for name, site in sites.items():
-        base = site["fn"]
-        while hasattr(base, "base_dist"):
-            base = base.base_dist
-        if isinstance(base, Delta):
+        if is_point_mass(site["fn"]):
             raise ValueError(
                 f"{where}: expected a guide with a density, got a point mass (Delta) at site "
                 f"'{name}'. Use a distribution with the support of the posterior."

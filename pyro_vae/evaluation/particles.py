@@ -15,6 +15,7 @@ from pyro_vae.traces import (
     DataPlates,
     Pair,
     is_latent,
+    is_observed,
     is_random,
     masked,
     site_log_prob,
@@ -53,7 +54,11 @@ class Particles:
         self._sites = pair.guide_sites
         self._nesting, self._plates, self._where = nesting, plates, where
         self.device = pair.device
-        self._factorises = bool(self._sites) and _factorises(guide, set(self._sites))
+        # A factor in the guide may depend on any latent.
+        has_factor = bool(sites_of(pair.guide_trace, is_observed))
+        self._factorises = (
+            bool(self._sites) and not has_factor and _factorises(guide, set(self._sites))
+        )
 
     def log_weights(self, num_particles: int, chunk_size: int) -> Iterator[torch.Tensor]:
         """Yields ``num_particles`` log-weights in all: ``(<= chunk_size, *data)``, nats."""
@@ -83,7 +88,11 @@ class Particles:
 
         The bytes are those of all tensors that one particle makes, an upper bound on its peak.
         """
-        values, _ = self._draw(1)
+        # The values at hand: drawing others would make the result depend on who chose the chunk.
+        values = {}
+        for name, site in self._sites.items():
+            missing = (1,) * (1 + self._nesting - len(site["fn"].batch_shape))
+            values[name] = site["value"].reshape(missing + site["value"].shape)
         with _ByteCounter() as counter:
             self._model.score_one(values, 0)
         return max(1, num_bytes // max(1, counter.num_bytes))
@@ -95,7 +104,8 @@ class Particles:
             return self._guide.draw(num)
         # The distributions do not depend on one another's values: the encoder's first and only
         # run has given them all.
-        values, total = {}, 0.0
+        values: Values = {}
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, site in self._sites.items():
             fn = site["fn"]
             value = fn.sample(torch.Size([num]))
@@ -105,7 +115,7 @@ class Particles:
             total = total + self._plates.sum_others(
                 log_prob.reshape(num, *missing, *log_prob.shape[1:]), leading=1
             )
-        return values, torch.as_tensor(total)
+        return values, total
 
     def _checked(self, log_weights: torch.Tensor, values: Values) -> torch.Tensor:
         bad = log_weights.isnan() | (log_weights == torch.inf)
@@ -136,9 +146,7 @@ def _factorises(guide: Callable[[], Any], names: set[str]) -> bool:
         with TrackProvenance():
             trace = poutine.trace(guide).get_trace()
         return all(
-            names.isdisjoint(
-                get_provenance(site["fn"].log_prob(detach_provenance(site["value"])))
-            )
+            names.isdisjoint(get_provenance(site["fn"].log_prob(detach_provenance(site["value"]))))
             for site in sites_of(trace, is_latent).values()
         )
     except Exception:  # Provenance does not pass every operation; not knowing costs only speed.

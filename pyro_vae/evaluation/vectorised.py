@@ -20,6 +20,7 @@ from pyro_vae.traces import (
     Site,
     frames,
     is_latent,
+    is_point_mass,
     is_random,
     site_log_prob,
     sites_of,
@@ -58,8 +59,10 @@ class VectorisedProgram:
         enumerated: tuple[str, ...] = (),
     ) -> None:
         self._program = program
+        exactly: Any = {"num_samples": None, "expand": False}
         self._enumerating = poutine.infer_config(
-            program, lambda s: {"enumerate": "parallel"} if s["name"] in enumerated else {}
+            program,
+            lambda s: {"enumerate": "parallel" if s["name"] in enumerated else None, **exactly},
         )
         self._role = role
         self._plates = plates
@@ -67,6 +70,7 @@ class VectorisedProgram:
         self._where = where
         self._enumerated = enumerated
         self._broadcasts: bool | None = None
+        self._eps = 0.0  # Rounding of the coarsest dtype among the log-densities.
 
     def draw(self, num: int, given: Values | None = None) -> tuple[Values, torch.Tensor]:
         """Samples ``num`` particles: their values and log-densities ``(num, *data)``, nats.
@@ -76,12 +80,15 @@ class VectorisedProgram:
         if self._broadcasts is not False:
             try:
                 trace = self._trace_all(num, given)
-                values = {n: site["value"] for n, site in sites_of(trace, is_latent).items()}
+                sites = sites_of(trace, is_latent)
+                values = {name: site["value"] for name, site in sites.items()}
+                # A transformed site (a Delta) follows from the others, up to rounding.
+                random = {n: v for n, v in values.items() if not is_point_mass(sites[n]["fn"])}
                 log_density = self._log_density(trace, (num,))
             except Exception as err:
                 self._fall_back(err)
             else:
-                if self._broadcasts or self._agrees(values, log_density):
+                if self._broadcasts or self._agrees(random, log_density):
                     return values, log_density
         draws = [self._draw_one(given, k) for k in range(num)]
         values = {name: torch.stack([v[name] for v, _ in draws]) for name in draws[0][0]}
@@ -127,11 +134,11 @@ class VectorisedProgram:
             return self._trace(values)
 
     def _trace(self, values: Values | None) -> poutine.Trace:
-        program = self._enumerating if self._enumerated else self._program
-        if values is not None:
-            program = poutine.replay(program, trace=_as_trace(values))
+        program = self._program
         if self._enumerated:
-            program = poutine.enum(program, first_available_dim=-2 - self._nesting)
+            program = poutine.enum(self._enumerating, first_available_dim=-2 - self._nesting)
+        if values is not None:  # Outside: enum has to see that a replayed site depends on its own.
+            program = poutine.replay(program, trace=_as_trace(values))
         with pyro.validation_enabled(False):
             return poutine.trace(program).get_trace()
 
@@ -146,11 +153,12 @@ class VectorisedProgram:
 
     def _infer_discrete(self, values: Values, particles: Any = None) -> Values:
         """Samples the enumerated latents: ``(num or 1, *plates, *event)``."""
-        replayed = poutine.replay(self._enumerating, trace=_as_trace(values))
+        # Not replay: that would hide from enum that a given site depends on an enumerated one.
+        conditioned = poutine.condition(self._enumerating, data=values)
 
         def program() -> None:
             with particles or nullcontext():
-                replayed()
+                conditioned()
 
         sampled = infer_discrete(program, first_available_dim=-2 - self._nesting)
         with pyro.validation_enabled(False):
@@ -165,17 +173,19 @@ class VectorisedProgram:
         return drawn
 
     def _log_density(self, trace: poutine.Trace, particles: tuple[int, ...]) -> torch.Tensor:
+        if self._role == "model":
+            for site in sites_of(trace, is_latent).values():
+                self._check_support(site)
         if self._enumerated:
             return self._marginal_log_density(trace, particles)
         total: torch.Tensor | float = 0.0
         for site in sites_of(trace, is_random).values():
-            if self._role == "model":
-                self._check_support(site)
             # A replayed site is not expanded by the plates around it.
             shape = [*particles, *(1,) * self._nesting]
             for frame in frames(site):
                 shape[frame.dim] = frame.size
             log_prob = site_log_prob(site)
+            self._eps = max(self._eps, torch.finfo(log_prob.dtype).eps)
             log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, shape))
             total = total + self._plates.sum_others(log_prob, leading=len(particles))
         return torch.as_tensor(total)
@@ -191,14 +201,14 @@ class VectorisedProgram:
         for site in sites_of(trace, is_random).values():
             around = {trace.plate_to_symbol[f.name]: f.size for f in frames(site)}
             sizes.update(around)
+            self._eps = max(self._eps, torch.finfo(site["unscaled_log_prob"].dtype).eps)
             factor = packed.scale_and_mask(
                 site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"]
             )
             factors.setdefault(frozenset(around), []).append(factor)
         keep = [*self._plates.names, *([_PLATE] if particles else [])]
         symbols = [
-            site["infer"].get("_enumerate_symbol")
-            for site in sites_of(trace, is_random).values()
+            site["infer"].get("_enumerate_symbol") for site in sites_of(trace, is_random).values()
         ]
         total = contract_to_tensor(
             factors,
@@ -212,8 +222,6 @@ class VectorisedProgram:
 
     def _check_support(self, site: Site) -> None:
         """Validation is off in the chunks; torch then returns finite densities outside."""
-        if not is_latent(site):
-            return
         support = site["fn"].support
         base = support
         while isinstance(base, constraints.independent):
@@ -229,8 +237,8 @@ class VectorisedProgram:
         """Compares the first and last particle with the program run on each alone."""
         for k in {0, len(log_density) - 1}:
             alone = self.score_one(values, k)
-            if not _close(log_density[k], alone, values):
-                if not _close(self.score_one(values, k), alone, values):
+            if not self._close(log_density[k], alone):
+                if not self._close(self.score_one(values, k), alone):
                     raise ValueError(
                         f"{self._where}: expected a {self._role} whose log-density is fixed by "
                         "its latent values, got two values for the same latents. Put its "
@@ -240,6 +248,11 @@ class VectorisedProgram:
                 return False
         self._broadcasts = True
         return True
+
+    def _close(self, first: torch.Tensor, second: torch.Tensor) -> bool:
+        """Equal up to rounding."""
+        tolerance = self._eps**0.5
+        return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
 
     def _fall_back(self, err: Exception | None) -> None:
         if isinstance(err, OutsideSupportError):
@@ -262,16 +275,5 @@ class OutsideSupportError(ValueError):
 def _as_trace(values: Values) -> poutine.Trace:
     trace = poutine.Trace()
     for name, value in values.items():
-        trace.add_node(
-            name, name=name, type="sample", is_observed=False, value=value, infer={}
-        )
+        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
     return trace
-
-
-def _close(first: torch.Tensor, second: torch.Tensor, values: Values) -> bool:
-    """Equal up to the rounding of the coarsest dtype among the latents."""
-    eps = max(
-        (torch.finfo(v.dtype).eps for v in values.values() if v.is_floating_point()),
-        default=torch.finfo(torch.get_default_dtype()).eps,
-    )
-    return torch.allclose(first, second, rtol=eps**0.5, atol=eps**0.5, equal_nan=True)

@@ -1,0 +1,249 @@
+"""Figures of training runs, bounds, images, codes and loadings. Every function returns its axes."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyro_vae.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "plot_bounds",
+    "plot_codes",
+    "plot_em",
+    "plot_history",
+    "plot_images",
+    "plot_loadings",
+    "plot_reconstructions",
+]
+
+
+def _axes(ax: "Axes | None", figsize: tuple[float, float] = (6, 4)) -> "Axes":
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=figsize, layout="constrained")[1]
+
+
+def plot_history(histories: Mapping[str, History], ax: "Axes | None" = None) -> "Axes":
+    """Losses over epochs: training dashed, validation solid, one colour a run.
+
+    Args:
+        histories: Runs by label.
+        ax: Where to draw; a new figure by default.
+
+    Example:
+        >>> from matplotlib import pyplot as plt
+        >>> ax = plot_history({"VAE": History(loss=[3.0, 2.0], validation_loss=[3.1, 2.2])})
+        >>> ax.get_ylabel()
+        'loss (nats per datum)'
+        >>> plt.close()
+    """
+    ax = _axes(ax)
+    for index, (label, history) in enumerate(histories.items()):
+        color, epochs = f"C{index}", range(1, len(history.loss) + 1)
+        held_out = bool(history.validation_loss)
+        name = f"{label}, training" if held_out else label
+        ax.plot(epochs, history.loss, "--" if held_out else "-", color=color, label=name or None)
+        if held_out:
+            name = f"{label}, held out" if label else "held out"
+            ax.plot(
+                epochs[: len(history.validation_loss)],
+                history.validation_loss,
+                color=color,
+                label=name,
+            )
+    losses = [v for h in histories.values() for v in h.loss[len(h.loss) // 20 :]]
+    if losses:  # The first epochs would flatten everything else.
+        low = min([*losses, *(v for h in histories.values() for v in h.validation_loss)])
+        ax.set_ylim(low - 0.05 * (max(losses) - low or 1), max(losses))
+    ax.set(xlabel="epoch", ylabel="loss (nats per datum)")
+    if any(histories):
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_em(
+    runs: Mapping[str, torch.Tensor],
+    closed_form: Mapping[str, float] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Log-likelihood after every EM step, on a logarithmic axis of steps.
+
+    Args:
+        runs: ``log_likelihoods`` of EM fits by label, nats per datum.
+        closed_form: Values to reach, drawn as dotted lines.
+        ax: Where to draw; a new figure by default.
+    """
+    ax = _axes(ax)
+    for index, (label, values) in enumerate(runs.items()):
+        ax.plot(range(1, len(values) + 1), values.tolist(), color=f"C{index}", label=label)
+    for label, value in (closed_form or {}).items():
+        ax.axhline(value, color="black", linestyle=":", linewidth=1, label=label)
+    ax.set(xscale="log", xlabel="EM step", ylabel="training log-likelihood (nats per datum)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def plot_bounds(
+    num_particles: Sequence[int],
+    bounds: Mapping[str, Sequence[float]],
+    exact: Mapping[str, float] | None = None,
+    standard_errors: Mapping[str, Sequence[float]] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Importance-weighted bounds over the number of particles; K = 1 is the ELBO.
+
+    Args:
+        num_particles: The K of each point.
+        bounds: Values by label, nats per datum.
+        exact: Log-likelihoods that are known, by the same labels, drawn as dashed lines.
+        standard_errors: Monte-Carlo standard errors by label.
+        ax: Where to draw; a new figure by default.
+    """
+    ax = _axes(ax)
+    for index, (label, values) in enumerate(bounds.items()):
+        color = f"C{index}"
+        errors = (standard_errors or {}).get(label)
+        ax.errorbar(
+            num_particles, values, yerr=errors, fmt="o-", color=color, markersize=3, label=label
+        )
+        if exact and label in exact:
+            ax.axhline(exact[label], color=color, linestyle="--", label=f"{label}, exact")
+    ax.set(xscale="log", xlabel="particles K", ylabel="bound (nats per datum)")
+    ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def _canvas(
+    images: torch.Tensor, num_columns: int, image_shape: tuple[int, int] | None
+) -> torch.Tensor:
+    """Lays images out in rows on one tensor, with a gap of NaN between them."""
+    images = images.detach().cpu().double()
+    side = round(images[0].numel() ** 0.5)
+    height, width = image_shape or (side, side)
+    if images[0].numel() != height * width:
+        raise ValueError(
+            f"plots: expected images of {height} x {width} = {height * width} pixels, got "
+            f"{images[0].numel()}. Pass image_shape=(height, width)."
+        )
+    images = images.reshape(len(images), height, width)
+    num_rows = -(-len(images) // num_columns)
+    gap = max(1, height // 12)
+    canvas = torch.full(
+        (num_rows * (height + gap) - gap, num_columns * (width + gap) - gap), torch.nan
+    ).double()
+    for index, image in enumerate(images):
+        row, column = divmod(index, num_columns)
+        top, left = row * (height + gap), column * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def plot_images(
+    images: torch.Tensor,
+    num_columns: int = 10,
+    *,
+    image_shape: tuple[int, int] | None = None,
+    cmap: str = "gray_r",
+    limits: tuple[float, float] | None = (0.0, 1.0),
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Images in rows.
+
+    Args:
+        images: ``(N, pixels)`` or ``(N, height, width)``, on the CPU or not.
+        num_columns: Images in a row.
+        image_shape: Height and width; a square by default.
+        cmap: Matplotlib's colour map.
+        limits: Values of the two ends of the colour map; the extremes if ``None``.
+        ax: Where to draw; a new figure by default.
+
+    Raises:
+        ValueError: If the images do not have that shape.
+    """
+    canvas = _canvas(images, num_columns, image_shape)
+    ax = _axes(ax, (0.06 * canvas.shape[1], 0.06 * canvas.shape[0]))
+    low, high = limits or (float(images.min()), float(images.max()))
+    ax.imshow(canvas.numpy(), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+    ax.set_axis_off()
+    return ax
+
+
+def plot_reconstructions(
+    images: torch.Tensor,
+    reconstructions: Mapping[str, torch.Tensor],
+    *,
+    image_shape: tuple[int, int] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """A row of images above one row of reconstructions for each model.
+
+    Args:
+        images: ``(N, pixels)``.
+        reconstructions: Tensors of the same shape by label.
+        image_shape: Height and width; a square by default.
+        ax: Where to draw; a new figure by default.
+    """
+    stacked = torch.cat([images.cpu(), *(r.cpu() for r in reconstructions.values())])
+    ax = plot_images(stacked, len(images), image_shape=image_shape, ax=ax)
+    labels = ["data", *reconstructions]
+    height = ax.get_ylim()[0] / len(labels)
+    for index, label in enumerate(labels):
+        ax.text(-2, (index + 0.5) * height, label, ha="right", va="center", fontsize="small")
+    return ax
+
+
+def plot_codes(codes: torch.Tensor, labels: torch.Tensor, ax: "Axes | None" = None) -> "Axes":
+    """Codes in the plane, coloured by class.
+
+    Args:
+        codes: ``(N, 2)``; only the first two coordinates are drawn.
+        labels: ``(N,)`` classes.
+        ax: Where to draw; a new figure by default.
+    """
+    from matplotlib import colormaps
+
+    ax = _axes(ax, (6, 5))
+    codes, labels = codes.detach().cpu(), labels.cpu()
+    classes = labels.unique().tolist()
+    colors = colormaps["tab10" if len(classes) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    for index, label in enumerate(classes):
+        points = codes[labels == label]
+        color = colors[index % len(colors)]
+        ax.scatter(points[:, 0], points[:, 1], s=8, alpha=0.7, color=color, label=str(label))
+    ax.set(xlabel="code 1", ylabel="code 2")
+    ax.legend(
+        frameon=False, fontsize="small", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    return ax
+
+
+def plot_loadings(
+    weight: torch.Tensor,
+    num_columns: int = 10,
+    *,
+    image_shape: tuple[int, int] | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Columns of a loading matrix as images, red positive and blue negative, zero white.
+
+    Args:
+        weight: ``(pixels, latent_dim)``.
+        num_columns: Images in a row.
+        image_shape: Height and width; a square by default.
+        ax: Where to draw; a new figure by default.
+    """
+    largest = float(weight.abs().max())
+    return plot_images(
+        weight.T,
+        min(num_columns, weight.shape[1]),
+        image_shape=image_shape,
+        cmap="RdBu_r",
+        limits=(-largest, largest),
+        ax=ax,
+    )

@@ -1,0 +1,163 @@
+"""The public guides keep the contracts; what is their own is tested below."""
+
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from contracts import BATCH, Case, GuideContract, traced
+from pyro.infer import TraceEnum_ELBO
+
+import pyro_vae.guides
+from pyro_vae import likelihoods
+from pyro_vae.guides import (
+    AmortizedMultivariateNormal,
+    AmortizedNormal,
+    ExactGaussianMixture,
+    ExactLinearGaussian,
+)
+from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
+from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
+from pyro_vae.priors import StandardNormalPrior
+
+
+def normal_x(num_rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(num_rows, 4, generator=generator, dtype=torch.float64)
+
+
+def images(num_rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(num_rows, 1, 8, 8, generator=generator, dtype=torch.float64)
+
+
+def vae(guide: Any) -> tuple[VAE, Any]:
+    decoder = MLP(2, [7], 4, activation=torch.nn.Tanh)
+    return VAE(decoder, likelihoods.Normal(learn=True), StandardNormalPrior(2)), guide
+
+
+def encoder(width: int) -> MLP:
+    return MLP(4, [7], width, activation=torch.nn.Tanh)
+
+
+def conv() -> tuple[VAE, AmortizedNormal]:
+    likelihood = likelihoods.Normal(event_dim=3)
+    model = VAE(ConvDecoder(2, [4, 3], (1, 8, 8)), likelihood, StandardNormalPrior(2))
+    return model, AmortizedNormal(ConvEncoder((1, 8, 8), [3, 4], 4))
+
+
+def exact_linear(noise: Any) -> tuple[LinearGaussian, ExactLinearGaussian]:
+    model = LinearGaussian(4, 2, noise=noise)
+    return model, ExactLinearGaussian(model)
+
+
+def exact_mixture(covariance: Any) -> tuple[GaussianMixture, ExactGaussianMixture]:
+    model = GaussianMixture(4, 3, covariance=covariance)
+    return model, ExactGaussianMixture(model)
+
+
+CASES = {
+    "AmortizedNormal": Case(lambda: vae(AmortizedNormal(encoder(4))), normal_x),
+    "AmortizedNormal, convolutional": Case(conv, images),
+    "AmortizedNormal, another site": Case(
+        lambda: (
+            VAE(MLP(2, [], 4), likelihoods.Normal(), StandardNormalPrior(2, site="code")),
+            AmortizedNormal(encoder(4), site="code"),
+        ),
+        normal_x,
+        latents={"code": (2,)},
+    ),
+    "AmortizedMultivariateNormal": Case(
+        lambda: vae(AmortizedMultivariateNormal(encoder(5), 2)), normal_x
+    ),
+    "ExactLinearGaussian": Case(
+        lambda: exact_linear("isotropic"), normal_x, data_only=True
+    ),
+    "ExactLinearGaussian, diagonal": Case(
+        lambda: exact_linear("diagonal"), normal_x, data_only=True
+    ),
+    "ExactGaussianMixture": Case(
+        lambda: exact_mixture("full"), normal_x, latents={"z": ()}, discrete=True, data_only=True
+    ),
+    "ExactGaussianMixture, diagonal": Case(
+        lambda: exact_mixture("diagonal"),
+        normal_x,
+        latents={"z": ()},
+        discrete=True,
+        data_only=True,
+    ),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+class TestGuides(GuideContract):
+    pass
+
+
+def test_every_public_guide_is_among_the_cases() -> None:
+    covered = {type(case.make()[1]).__name__ for case in CASES.values()}
+    assert covered == set(pyro_vae.guides.__all__)
+
+
+def test_amortized_normal_is_what_its_network_says() -> None:
+    network = encoder(4)
+    guide, x = AmortizedNormal(network), normal_x(BATCH)
+    fn = traced(guide, x).nodes["z"]["fn"]
+    loc, raw = network(x).chunk(2, -1)
+    torch.testing.assert_close(fn.mean, loc)
+    torch.testing.assert_close(fn.stddev, torch.nn.functional.softplus(raw), rtol=0, atol=2e-6)
+
+
+def test_amortized_multivariate_normal_has_any_covariance() -> None:
+    network = encoder(5)
+    with torch.no_grad():
+        network[-1].weight.zero_()
+        network[-1].bias.copy_(torch.tensor([1.0, -2.0, 0.5, -3.0, 0.2]))
+    fn = traced(AmortizedMultivariateNormal(network, 2), normal_x(BATCH)).nodes["z"]["fn"]
+    diagonal = torch.nn.functional.softplus(torch.tensor([0.5, 0.2]))
+    tril = torch.tensor([[0.0, 0.0], [-3.0, 0.0]]) + diagonal.diag()
+    torch.testing.assert_close(fn.mean[0], torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(fn.covariance_matrix[0], tril @ tril.T, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("make", [exact_linear, exact_mixture])
+def test_exact_guides_follow_the_model(make: Any) -> None:
+    """They hold none of its parameters, so no optimizer sees them twice."""
+    model, guide = make("diagonal")
+    assert not list(guide.parameters())
+    assert not guide.state_dict()
+    x = normal_x(BATCH)
+    before = traced(guide, x).nodes["z"]["fn"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    after = traced(guide, x).nodes["z"]["fn"]
+    value = before.sample()
+    assert not torch.allclose(before.log_prob(value), after.log_prob(value))
+    torch.testing.assert_close(after.log_prob(value), model.posterior(x).log_prob(value))
+
+
+def test_the_exact_elbo_of_the_mixture_is_the_marginal() -> None:
+    model, guide = exact_mixture("full")
+    x = normal_x(BATCH)
+    loss = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(model, guide, x)
+    torch.testing.assert_close(-loss, model.log_prob(x).sum())
+    # The gradient too: at the exact posterior the guide's own part of it vanishes.
+    gradient = torch.autograd.grad(loss, list(model.parameters()))
+    expected = torch.autograd.grad(-model.log_prob(x).sum(), list(model.parameters()))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_networks_of_the_wrong_width() -> None:
+    with pytest.raises(ValueError, match="NormalEncoder: expected a network with an even number"):
+        AmortizedNormal(encoder(5))(normal_x(BATCH))
+    with pytest.raises(ValueError, match="MultivariateNormalEncoder: expected 5 outputs .* got 4"):
+        AmortizedMultivariateNormal(encoder(4), 2)(normal_x(BATCH))
+
+
+def test_no_import_writes_parameters() -> None:
+    assert not pyro.get_param_store().keys()
