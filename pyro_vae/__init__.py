@@ -1,18 +1,38 @@
 """Variational autoencoders for Pyro, with numbers checked against exact answers."""
 
-from pyro_vae import schedules
+from pyro_vae import (
+    baselines,
+    datasets,
+    guides,
+    latents,
+    likelihoods,
+    models,
+    nets,
+    priors,
+    schedules,
+)
 from pyro_vae.evaluation import LogLikelihoodEstimate, importance_weighted_log_likelihood
 from pyro_vae.fit import fit
 from pyro_vae.handlers import scale_kl
 from pyro_vae.history import History
+from pyro_vae.inference_data import to_inference_data
 
 __version__ = "0.1.0"
 
 __all__ = [
     "History",
     "LogLikelihoodEstimate",
+    "baselines",
+    "datasets",
     "fit",
+    "guides",
     "importance_weighted_log_likelihood",
+    "latents",
+    "likelihoods",
+    "models",
+    "nets",
+    "priors",
     "scale_kl",
     "schedules",
+    "to_inference_data",
 ]

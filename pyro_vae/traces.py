@@ -208,9 +208,7 @@ def trace_pair(model: Any, guide: Any, args: Any, kwargs: Any, where: str) -> Pa
         latents = guide_trace.copy()
         for name in sites_of(guide_trace, site_is_subsample):
             latents.remove_node(name)  # Each side has its own plates, to be compared later.
-        model_trace = poutine.trace(poutine.replay(model, trace=latents)).get_trace(
-            *args, **kwargs
-        )
+        model_trace = poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs)
     for trace in (guide_trace, model_trace):
         for name, site in sites_of(trace, is_random).items():
             _check_batch_shape(name, site, where)

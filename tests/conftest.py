@@ -106,4 +106,6 @@ class GlobalState:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the plugin by hand: hooks of a conftest reach only the tests in its folder."""
+    # Tensors in tests are tiny: several threads would only wait for one another.
+    torch.set_num_threads(1)
     config.pluginmanager.register(GlobalState(), "global state")

@@ -126,9 +126,7 @@ class ProgramContract:
         torch.testing.assert_close(log_density(*fresh), expected)
         torch.testing.assert_close(log_density(*copy.deepcopy((model, guide))), expected)
 
-    def test_state_dict_survives_a_file(
-        self, case: Case, program: Any, tmp_path: Any
-    ) -> None:
+    def test_state_dict_survives_a_file(self, case: Case, program: Any, tmp_path: Any) -> None:
         torch.save(program.state_dict(), tmp_path / "state.pt")
         other = case.make()[self.program_index]
         other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -163,9 +161,7 @@ class ProgramContract:
         assert program._pyro_name != case.make()[self.program_index]._pyro_name
 
     @pytest.mark.parametrize("shape", [(), (0, 3)])
-    def test_data_that_are_no_batch(
-        self, case: Case, program: Any, shape: tuple[int, ...]
-    ) -> None:
+    def test_data_that_are_no_batch(self, case: Case, program: Any, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="expected x of shape|expected at least one row|width"):
             program(torch.zeros(shape))
 

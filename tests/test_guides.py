@@ -70,9 +70,7 @@ CASES = {
     "AmortizedMultivariateNormal": Case(
         lambda: vae(AmortizedMultivariateNormal(encoder(5), 2)), normal_x
     ),
-    "ExactLinearGaussian": Case(
-        lambda: exact_linear("isotropic"), normal_x, data_only=True
-    ),
+    "ExactLinearGaussian": Case(lambda: exact_linear("isotropic"), normal_x, data_only=True),
     "ExactLinearGaussian, diagonal": Case(
         lambda: exact_linear("diagonal"), normal_x, data_only=True
     ),

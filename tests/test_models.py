@@ -71,12 +71,8 @@ def exact_linear() -> tuple[LinearGaussian, ExactLinearGaussian]:
 
 CASES = {
     "VAE, Bernoulli": Case(lambda: vae(likelihoods.Bernoulli()), binary_x),
-    "VAE, Normal": Case(
-        lambda: vae(likelihoods.Normal(torch.ones(4), learn=True)), normal_x
-    ),
-    "VAE, heteroscedastic": Case(
-        lambda: vae(likelihoods.HeteroscedasticNormal(), 8), normal_x
-    ),
+    "VAE, Normal": Case(lambda: vae(likelihoods.Normal(torch.ones(4), learn=True)), normal_x),
+    "VAE, heteroscedastic": Case(lambda: vae(likelihoods.HeteroscedasticNormal(), 8), normal_x),
     "VAE, Poisson": Case(lambda: vae(likelihoods.Poisson()), counts),
     "VAE, negative binomial": Case(lambda: vae(likelihoods.NegativeBinomial((4,))), counts),
     "VAE, convolutional": Case(conv_vae, images),
@@ -240,9 +236,9 @@ def test_mixture_marginal_and_posterior(covariance: Any) -> None:
     model, x = GaussianMixture(4, 3, covariance=covariance), normal_x(BATCH)
     model.weights = torch.tensor([0.2, 0.5, 0.3])
     if covariance == "full":
-        model.scale = torch.linalg.cholesky(
-            torch.eye(4) + 0.5 * torch.ones(4, 4)
-        ) * torch.tensor([1.0, 2.0, 0.5]).reshape(3, 1, 1)
+        model.scale = torch.linalg.cholesky(torch.eye(4) + 0.5 * torch.ones(4, 4)) * torch.tensor(
+            [1.0, 2.0, 0.5]
+        ).reshape(3, 1, 1)
     else:
         model.scale = torch.rand(model.scale.shape) + 0.5
     joint = []

@@ -58,12 +58,12 @@ class VectorisedProgram:
         where: str,
         enumerated: tuple[str, ...] = (),
     ) -> None:
+        def configure(site: Any) -> Any:
+            how = "parallel" if site["name"] in enumerated else None
+            return {"enumerate": how, "num_samples": None, "expand": False}
+
         self._program = program
-        exactly: Any = {"num_samples": None, "expand": False}
-        self._enumerating = poutine.infer_config(
-            program,
-            lambda s: {"enumerate": "parallel" if s["name"] in enumerated else None, **exactly},
-        )
+        self._enumerating = poutine.infer_config(program, configure)
         self._role = role
         self._plates = plates
         self._nesting = nesting
