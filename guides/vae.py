@@ -5,7 +5,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import nn
 
-from pyro_vae.checks import check_data
+from pyro_vae.checks import check_batch
 from pyro_vae.nets import MultivariateNormalEncoder, NormalEncoder
 from pyro_vae.program import Program
 
@@ -23,8 +23,7 @@ class _Amortized(Program):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Samples codes for a batch ``(batch, *event)``: ``(*sample, batch, latent_dim)``."""
-        if not isinstance(x, torch.Tensor) or x.dim() == 0 or len(x) == 0:
-            check_data(type(self).__name__, "x", x, (-1,))
+        check_batch(type(self).__name__, "x", x)
         with pyro.plate("data", len(x)):
             q: TorchDistribution = self.encoder(x)
             code: torch.Tensor = pyro.sample(self.site, q)

@@ -8,7 +8,7 @@ from pyro.distributions import TorchDistribution
 from pyro.distributions.util import is_validation_enabled
 from pyro.poutine.runtime import get_mask
 
-from pyro_vae.checks import check_data, check_values
+from pyro_vae.checks import check_batch, check_data, check_values
 from pyro_vae.program import Program
 
 __all__ = ["VAE"]
@@ -60,8 +60,7 @@ class VAE(Program):
         Raises:
             ValueError: If ``x`` is not a batch of what the decoder makes.
         """
-        if not isinstance(x, torch.Tensor) or x.dim() == 0 or len(x) == 0:
-            check_data("VAE", "x", x, (-1,))
+        check_batch("VAE", "x", x)
         with pyro.plate("data", len(x)):
             fn = self.likelihood(self.decoder(self.prior()))
             check_data("VAE", "x", x, tuple(fn.event_shape))

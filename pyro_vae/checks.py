@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "check_arguments",
     "check_at_least",
+    "check_batch",
     "check_data",
     "check_observations",
     "check_values",
@@ -61,6 +62,12 @@ def check_data(where: str, name: str, x: Any, event_shape: tuple[int, ...]) -> N
             f"{where}: expected at least one row in {name}, got an empty batch of shape "
             f"{tuple(x.shape)}. Leave empty batches out."
         )
+
+
+def check_batch(where: str, name: str, x: Any) -> None:
+    """Raises unless ``x`` is a tensor of any rank with rows."""
+    some_rank = isinstance(x, torch.Tensor) and x.dim() > 0
+    check_data(where, name, x, tuple(x.shape[1:]) if some_rank else (-1,))
 
 
 def check_arguments(where: str, arguments: Any) -> None:

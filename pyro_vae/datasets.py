@@ -81,17 +81,25 @@ def load_mnist(
 
     Raises:
         FileNotFoundError: If the files are not there and ``download`` is false.
+        ValueError: If a file cannot be read as MNIST's format.
     """
     from torchvision.datasets import MNIST
 
-    splits = []
+    splits, raw = [], Path(root) / "MNIST" / "raw"
     for train in (True, False):
         try:
             data = MNIST(root=str(root), train=train, download=download)
-        except RuntimeError as err:
-            raise FileNotFoundError(
-                f"load_mnist: expected MNIST below {Path(root) / 'MNIST' / 'raw'}, got no such "
-                "files. Pass download=True (--download), or the folder that holds 'MNIST'."
+        except (AssertionError, RuntimeError, ValueError) as err:
+            if "not found" in str(err):
+                raise FileNotFoundError(
+                    f"load_mnist: expected MNIST below {raw}, got no such files. Pass "
+                    "download=True (--download), or the folder that holds 'MNIST'."
+                ) from err
+            if "download" in str(err):
+                raise
+            raise ValueError(
+                f"load_mnist: expected complete files of MNIST below {raw}, got broken ones. "
+                "Delete them and pass download=True (--download)."
             ) from err
         images = data.data.to(torch.get_default_dtype()) / 255
         splits.append((images.flatten(1) if flatten else images.unsqueeze(1), data.targets))

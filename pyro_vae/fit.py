@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,11 @@ from pyro_vae.history import History
 from pyro_vae.isolation import evaluation_mode
 
 __all__ = ["fit"]
+
+_RESTORED = (
+    "Parameters are back at the start of this epoch, the optimizer's state is not: "
+    "try a smaller learning rate or gradient clipping."
+)
 
 
 class Steppable(Protocol):
@@ -61,8 +66,9 @@ def fit(
 
     Raises:
         ValueError: If the batches do not fit the programs, see the message; if there are none.
-        FloatingPointError: If a loss is not finite. The message names the step and, where it
-            can be found, the site; parameters are those of the start of that epoch.
+        FloatingPointError: If a training loss or a parameter is not finite. The message names
+            the step and, where it can be found, the site; parameters are those of the start of
+            that epoch.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -77,7 +83,7 @@ def fit(
         2.0
     """
     check_at_least("fit", "num_epochs", num_epochs, 1)
-    if num_epochs > 1 and iter(batches) is batches:
+    if num_epochs > 1 and isinstance(batches, Iterator):
         raise ValueError(
             f"fit: expected batches that can be walked {num_epochs} times, got an iterator that "
             "ends after one epoch. Pass a list, a DataLoader or pyro_vae.datasets.Batches."
@@ -104,7 +110,7 @@ class _Loop:
         self.svi = svi
         self.schedules = schedules
         self.programs = [p for n in ("model", "guide") if callable(p := getattr(svi, n, None))]
-        self.num_data: Callable[[int], float] | None = None
+        self.num_data: dict[str, Callable[[int], float]] = {}
         self.num_steps = 0
 
     def train(self, batches: Iterable[Any], bar: "tqdm[Any]") -> float:
@@ -112,35 +118,56 @@ class _Loop:
         snapshot = Snapshot(self.programs)
         mean = _Mean()
         for args in map(_as_arguments, batches):
-            if self.num_data is None:
-                self.num_data = look_at(self.programs, args, _num_rows(args))
+            rows = _num_rows(args)
+            if "batches" not in self.num_data:
+                self.num_data["batches"], snapshot = look_at(self.programs, args, rows)
+            loss = self.step(args, snapshot)
+            for schedule in self.schedules:
+                schedule.step()
+            mean.add(loss / self.num_data["batches"](rows), rows)
+            bar.update()
+            bar.set_postfix_str(f"loss {mean.value:.3f} nats per datum", refresh=False)
+        if spoilt := snapshot.spoilt():
+            snapshot.restore()
+            raise FloatingPointError(
+                f"fit: expected finite parameters, got '{spoilt[0]}' with NaN or infinite values "
+                f"after step {self.num_steps}. {_RESTORED}"
+            )
+        return mean.value_of("batches")
+
+    def step(self, args: tuple[Any, ...], snapshot: Snapshot) -> float:
+        """One step of SVI, which must come out finite."""
+        failure = None
+        try:
             loss = float(self.svi.step(*args))
-            if not math.isfinite(loss):
-                snapshot.restore()
-                site = find_non_finite(self.programs, args)
-                raise FloatingPointError(
-                    f"fit: expected a finite loss, got {loss} at step {self.num_steps + 1}"
-                    f"{site}. Parameters are back at the start of this epoch, the optimizer's "
-                    "state is not: try a smaller learning rate or gradient clipping."
-                )
+        except (ValueError, RuntimeError) as err:  # Distributions refuse NaN under validation.
+            failure, loss = err, math.nan
+        if math.isfinite(loss):
             self.num_steps += 1
             if self.num_steps == 1:
                 check_trained(self.programs)
-            for schedule in self.schedules:
-                schedule.step()
-            mean.add(loss / self.num_data(_num_rows(args)), _num_rows(args))
-            bar.update()
-            bar.set_postfix_str(f"loss {mean.value:.3f} nats per datum", refresh=False)
-        return mean.value_of("batches")
+            return loss
+        # The update may have spoilt the parameters, then only the old ones show the origin.
+        site = find_non_finite(self.programs, args)
+        if failure and not site and not snapshot.spoilt():
+            raise failure
+        snapshot.restore()
+        site = find_non_finite(self.programs, args) or site
+        raise FloatingPointError(
+            f"fit: expected a finite loss, got {loss} at step {self.num_steps + 1}{site}. "
+            f"{_RESTORED}"
+        ) from failure
 
     def validate(self, batches: Iterable[Any]) -> float:
         """Loss per datum over the validation batches, modules in eval mode."""
-        assert self.num_data is not None
         mean = _Mean()
         with evaluation_mode(*self.programs):
             for args in map(_as_arguments, batches):
                 rows = _num_rows(args)
-                mean.add(float(self.svi.evaluate_loss(*args)) / self.num_data(rows), rows)
+                if "validation" not in self.num_data:
+                    self.num_data["validation"], _ = look_at(self.programs, args, rows)
+                loss = float(self.svi.evaluate_loss(*args))
+                mean.add(loss / self.num_data["validation"](rows), rows)
         return mean.value_of("validation")
 
 

@@ -1,44 +1,66 @@
 """What :func:`pyro_vae.fit` looks at beside the loss: programs, names, non-finite numbers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from torch import nn
 
-from pyro_vae.isolation import without_side_effects
-from pyro_vae.traces import frames, is_random, site_log_prob, sites_of, trace_pair
+from pyro_vae.isolation import root_modules, without_side_effects
+from pyro_vae.traces import frames, is_observed, is_random, site_log_prob, sites_of, trace_pair
 
 __all__ = ["Snapshot", "check_trained", "find_non_finite", "look_at"]
 
 Programs = Sequence[Callable[..., Any]]
 
 
-def look_at(programs: Programs, args: Any, num_rows: int) -> Callable[[int], float]:
-    """Checks model and guide on the first batch; says how many data a loss stands for.
+def look_at(
+    programs: Programs, args: Any, num_rows: int
+) -> tuple[Callable[[int], float], "Snapshot"]:
+    """Checks model and guide on a batch, without side effects.
 
-    A loss sums over the plate that all local sites share. With ``plate(size=N, subsample=...)``
-    it is scaled to all N data, whatever the number of rows; else it stands for the rows.
+    Returns:
+        How many data the loss of a batch with some number of rows stands for, and a copy of the
+        parameters, those included that are born when the programs run.
     """
     if len(programs) < 2:  # Not Pyro's SVI: nothing to look into.
-        return float
-    random_state = pyro.util.get_rng_state()
-    try:
-        with without_side_effects(*programs):
-            pair = trace_pair(programs[0], programs[1], args, {}, "fit")
-    finally:
-        pyro.util.set_rng_state(random_state)
-    local = [f for site in sites_of(pair.model_trace, is_random).values() if (f := frames(site))]
+        return float, Snapshot(programs)
+    with _same_random_numbers_again(), without_side_effects(*programs):
+        pair = trace_pair(programs[0], programs[1], args, {}, "fit")
+        return _num_data(pair.model_trace, num_rows), Snapshot(programs)
+
+
+def _num_data(model_trace: poutine.Trace, num_rows: int) -> Callable[[int], float]:
+    """A loss sums over the plate that all local sites share.
+
+    With ``plate(size=N, subsample=...)`` it is scaled to all N data, whatever the number of rows;
+    else it stands for the rows. A plate around no observed site, such as one over the components
+    of a mixture, holds no data.
+    """
+    around = [frames(site) for site in sites_of(model_trace, is_random).values()]
+    of_data = frozenset().union(*map(frames, sites_of(model_trace, is_observed).values()))
+    local = [plates & of_data for plates in around if plates & of_data]
     shared = frozenset.intersection(*local) if local else frozenset()
-    full_size = size = 1
-    for frame in shared:
-        full_size, size = full_size * (frame.full_size), size * frame.size
+    full_size, size = prod(f.full_size for f in shared), prod(f.size for f in shared)
     if full_size != size:
         return lambda _: full_size
     per_row = size / num_rows if shared else 1.0
     return lambda rows: rows * per_row
+
+
+@contextmanager
+def _same_random_numbers_again() -> Iterator[None]:
+    """Puts the random states of torch (all its devices), Python and numpy back."""
+    state = pyro.util.get_rng_state()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(cuda):
+        try:
+            yield
+        finally:
+            pyro.util.set_rng_state(state)
 
 
 def check_trained(programs: Programs) -> None:
@@ -46,13 +68,13 @@ def check_trained(programs: Programs) -> None:
     if pyro.settings.get("module_local_params"):
         return
     trained = {id(tensor) for _, tensor in pyro.get_param_store().named_parameters()}
-    for program in programs:
-        if not isinstance(program, pyro.nn.PyroModule):
+    for root in (root for program in programs for root in root_modules(program)):
+        if not isinstance(root, pyro.nn.PyroModule):
             continue
-        for name, parameter in program.named_parameters():
+        for name, parameter in root.named_parameters():
             if parameter.grad is not None and id(parameter) not in trained:
                 raise ValueError(
-                    f"fit: expected every parameter of {type(program).__name__} to be trained, "
+                    f"fit: expected every parameter of {type(root).__name__} to be trained, "
                     f"got '{name}' whose name in Pyro's param store belongs to another module. "
                     "Give the modules different names, or call pyro.clear_param_store() before "
                     "making a second model."
@@ -77,33 +99,57 @@ def _first_non_finite(guide_trace: poutine.Trace, model_trace: poutine.Trace) ->
     for role, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in sites_of(trace, is_random).items():
             if not torch.as_tensor(site["value"]).isfinite().all():
-                what = "observed data" if site["is_observed"] else "sampled value"
-                return f", with a non-finite {what} at site '{name}' of the {role}"
+                what = "observed data" if site["is_observed"] else "sampled values"
+                return f", with non-finite {what} at site '{name}' of the {role}"
             if not site_log_prob(site).isfinite().all():
                 return f", with a non-finite log-density at site '{name}' of the {role}"
     return ""
 
 
 class Snapshot:
-    """A copy of all parameters, to go back to when an update has spoilt them."""
+    """A copy of all parameters and buffers, to go back to when an update has spoilt them."""
 
     def __init__(self, programs: Programs) -> None:
-        self._kept = [(tensor, tensor.detach().clone()) for tensor in _parameters(programs)]
+        self._stored = {name: (t, t.detach().clone()) for name, t in _stored().items()}
+        in_store = {id(tensor) for tensor, _ in self._stored.values()}
+        self._owned = [
+            (name, tensor, tensor.detach().clone())
+            for name, tensor in _owned(programs)
+            if id(tensor) not in in_store
+        ]
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Names, tensors and their copies."""
+        yield from self._owned
+        stored = _stored()
+        for name, (tensor, copy) in self._stored.items():
+            yield name, tensor, copy
+            if stored.get(name, tensor) is not tensor:  # Born again after the first look.
+                yield name, stored[name], copy
+
+    def spoilt(self) -> list[str]:
+        """Names of what was finite and is no longer."""
+        return [
+            name
+            for name, tensor, copy in self._tensors()
+            if copy.isfinite().all() and not tensor.isfinite().all()
+        ]
 
     def restore(self) -> None:
         """Writes the copies back."""
         with torch.no_grad():
-            for tensor, copy in self._kept:
-                tensor.copy_(copy)
+            for _, tensor, copy in self._tensors():
+                if not tensor.equal(copy):
+                    tensor.copy_(copy)
 
 
-def _parameters(programs: Programs) -> Iterator[torch.Tensor]:
-    seen: set[int] = set()
-    stored = [tensor for _, tensor in pyro.get_param_store().named_parameters()]
-    owned = [
-        p for program in programs if isinstance(program, nn.Module) for p in program.parameters()
-    ]
-    for tensor in stored + owned:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
+def _stored() -> dict[str, torch.Tensor]:
+    """The unconstrained parameters in Pyro's store."""
+    return dict(pyro.get_param_store().named_parameters())
+
+
+def _owned(programs: Programs) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of the modules that can be seen from outside."""
+    for root in (root for program in programs for root in root_modules(program)):
+        yield from root.named_parameters()
+        yield from root.named_buffers()

@@ -11,23 +11,23 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["Evaluating", "evaluation_mode", "without_side_effects"]
+__all__ = ["Evaluating", "evaluation_mode", "root_modules", "without_side_effects"]
 
 
 class Evaluating(Messenger):
     """Tells the handlers of training that their weights do not count."""
 
 
-def _named_modules(program: Callable[..., Any]) -> Iterator[nn.Module]:
+def root_modules(program: Callable[..., Any]) -> Iterator[nn.Module]:
     """Modules that can be seen from outside: the program, what it wraps, what it is bound to."""
     if isinstance(program, nn.Module):
-        yield from program.modules()
+        yield program
     elif isinstance(program, partial):  # Pyro's handlers are partials of (handler, program).
         for part in (program.func, *program.args):
             if callable(part):
-                yield from _named_modules(part)
+                yield from root_modules(part)
     elif isinstance(getattr(program, "__self__", None), nn.Module):
-        yield from program.__self__.modules()  # type: ignore[attr-defined]
+        yield program.__self__  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -35,18 +35,21 @@ def evaluation_mode(*programs: Callable[..., Any]) -> Iterator[None]:
     """Puts every module that runs inside the block in eval mode, and back at its end.
 
     A program may be a plain function that reaches its modules through a closure. So besides the
-    modules that can be seen from outside, each one is switched at the moment it is called.
+    modules that can be seen from outside, each one is switched, with its parts, at the moment it
+    is called.
     """
     switched: list[nn.Module] = []
 
     def switch(module: nn.Module, *_: Any) -> None:
         if module.training:
-            module.training = False
-            switched.append(module)
+            switched.extend(part for part in module.modules() if part.training)
+            for part in module.modules():
+                part.training = False
 
     for program in programs:
-        for module in _named_modules(program):
-            switch(module)
+        for root in root_modules(program):
+            for module in root.modules():
+                switch(module)
     hook = register_module_forward_pre_hook(switch)
     try:
         yield

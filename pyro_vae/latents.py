@@ -4,7 +4,7 @@ All work on any Pyro program: codes go in by replaying them at the program's own
 the batch passed along only says how many rows there are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def encode(guide: Program, *args: Any, site: str | None = None, **kwargs: Any) -
     """
     with without_side_effects(guide):
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    found: TorchDistribution = _one(trace, is_latent, site, "encode")["fn"]
+    found: TorchDistribution = _one(trace, _is_code, site, "encode")["fn"]
     return found
 
 
@@ -86,10 +86,7 @@ def reconstruct(
 
     The code of each latent is the mean of its distribution where that exists, else a sample.
     """
-    with without_side_effects(guide):
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    codes = {name: _center(s["fn"], s["value"]) for name, s in sites_of(trace, is_latent).items()}
-    return decode(model, codes, *args, site=site, **kwargs).mean
+    return decode(model, _codes(guide, *args, **kwargs), *args, site=site, **kwargs).mean
 
 
 def generate(
@@ -128,6 +125,8 @@ def interpolate(
 ) -> torch.Tensor:
     """Data along straight lines between the codes of two batches.
 
+    Other latents stay at their codes of ``start``.
+
     Args:
         model: A model of one batch.
         guide: Its guide.
@@ -147,10 +146,13 @@ def interpolate(
             f"interpolate: expected two batches of one shape and num_steps >= 2, got "
             f"{tuple(start.shape)}, {tuple(end.shape)} and {num_steps}. Pair the rows up."
         )
-    name = _latent_name(guide, start, site, "interpolate")
-    first, last = encode(guide, start, site=name).mean, encode(guide, end, site=name).mean
+    codes = _codes(guide, start)
+    name = _choose(codes, site, "interpolate")
+    first, last = codes[name], _codes(guide, end)[name]
     weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
-    return torch.stack([decode(model, {name: first.lerp(last, w)}, start).mean for w in weights])
+    return torch.stack(
+        [decode(model, {**codes, name: first.lerp(last, w)}, start).mean for w in weights]
+    )
 
 
 def traverse(
@@ -162,7 +164,7 @@ def traverse(
     values: Sequence[float] | torch.Tensor = (-3, -2, -1, 0, 1, 2, 3),
     site: str | None = None,
 ) -> torch.Tensor:
-    """Data as one coordinate of their code moves and the others stay.
+    """Data as one coordinate of their code moves and the others, and other latents, stay.
 
     Args:
         model: A model of one batch.
@@ -175,36 +177,47 @@ def traverse(
     Returns:
         Means of the data, ``(len(dims), len(values), batch, *event)``.
     """
-    name = _latent_name(guide, x, site, "traverse")
-    code = encode(guide, x, site=name).mean
+    codes = _codes(guide, x)
+    name = _choose(codes, site, "traverse")
+    code = codes[name]
     rows = []
     for dim in range(code.shape[-1]) if dims is None else dims:
         moved = [
             code.index_fill(-1, torch.tensor([dim], device=code.device), float(v)) for v in values
         ]
-        rows.append(torch.stack([decode(model, {name: z}, x).mean for z in moved]))
+        rows.append(torch.stack([decode(model, {**codes, name: z}, x).mean for z in moved]))
     return torch.stack(rows)
 
 
-def _latent_name(guide: Program, x: torch.Tensor, site: str | None, where: str) -> str:
+def _is_code(site: Any) -> bool:
+    """Whether a guide's site is a latent of the model, not an auxiliary one behind it."""
+    return is_latent(site) and not site["infer"].get("is_auxiliary", False)
+
+
+def _codes(guide: Program, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """A code for every latent of the guide."""
     with without_side_effects(guide):
-        trace = poutine.trace(guide).get_trace(x)
-    name: str = _one(trace, is_latent, site, where)["name"]
-    return name
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return {name: _center(s["fn"], s["value"]) for name, s in sites_of(trace, _is_code).items()}
 
 
 def _one(trace: poutine.Trace, kind: Callable[[Any], bool], site: str | None, where: str) -> Any:
     """The site of that kind and name, or the only one."""
     found = sites_of(trace, kind)
-    if site is None and len(found) == 1:
-        return next(iter(found.values()))
-    if site not in found:
+    return found[_choose(found, site, where)]
+
+
+def _choose(names: Collection[str], site: str | None, where: str) -> str:
+    """The name asked for, or the only one."""
+    if site is None and len(names) == 1:
+        return next(iter(names))
+    if site is None or site not in names:
         got = "none" if site is None else f"'{site}'"
         raise ValueError(
-            f"{where}: expected site to be one of {list(found)}, got {got}. "
+            f"{where}: expected site to be one of {list(names)}, got {got}. "
             "Name the site you mean with site=..."
         )
-    return found[site]
+    return site
 
 
 def _center(fn: TorchDistribution, value: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Figures of training runs, bounds, images, codes and loadings. Every function returns its axes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -47,22 +48,23 @@ def plot_history(histories: Mapping[str, History], ax: "Axes | None" = None) -> 
     for index, (label, history) in enumerate(histories.items()):
         color, epochs = f"C{index}", range(1, len(history.loss) + 1)
         held_out = bool(history.validation_loss)
-        name = f"{label}, training" if held_out else label
+        prefix = f"{label}, " if label else ""
+        name = f"{prefix}training" if held_out else label
         ax.plot(epochs, history.loss, "--" if held_out else "-", color=color, label=name or None)
         if held_out:
-            name = f"{label}, held out" if label else "held out"
             ax.plot(
                 epochs[: len(history.validation_loss)],
                 history.validation_loss,
                 color=color,
-                label=name,
+                label=f"{prefix}held out",
             )
-    losses = [v for h in histories.values() for v in h.loss[len(h.loss) // 20 :]]
+    curves = [c for h in histories.values() for c in (h.loss, h.validation_loss)]
+    losses = [v for curve in curves for v in curve[len(curve) // 20 :] if math.isfinite(v)]
     if losses:  # The first epochs would flatten everything else.
-        low = min([*losses, *(v for h in histories.values() for v in h.validation_loss)])
-        ax.set_ylim(low - 0.05 * (max(losses) - low or 1), max(losses))
+        low, high = min(losses), max(losses)
+        ax.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low))
     ax.set(xlabel="epoch", ylabel="loss (nats per datum)")
-    if any(histories):
+    if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize="small")
     return ax
 
@@ -188,7 +190,17 @@ def plot_reconstructions(
         reconstructions: Tensors of the same shape by label.
         image_shape: Height and width; a square by default.
         ax: Where to draw; a new figure by default.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
+    for label, reconstruction in reconstructions.items():
+        if reconstruction.shape != images.shape:
+            raise ValueError(
+                f"plot_reconstructions: expected '{label}' of the shape of the images, "
+                f"{tuple(images.shape)}, got {tuple(reconstruction.shape)}. Pass the "
+                "reconstructions of the same rows."
+            )
     stacked = torch.cat([images.cpu(), *(r.cpu() for r in reconstructions.values())])
     ax = plot_images(stacked, len(images), image_shape=image_shape, ax=ax)
     labels = ["data", *reconstructions]

@@ -148,8 +148,9 @@ def _raise_outside(around: dict[str, frozenset[Plate]], where: str) -> None:
     raise ValueError(
         f"{where}: expected every sample site inside plate '{most.name}', got site "
         f"'{outside[0]}' outside it, so that the data are not independent given the parameters "
-        f"and no value per datum exists. Fix its value in model and guide "
-        f"(pyro.poutine.do(model, data={{'{outside[0]}': value}})) or move it inside."
+        "and no value per datum exists. Move it inside, or fix its value in model and guide: "
+        f"pyro.poutine.block(pyro.poutine.condition(model, data={{'{outside[0]}': value}}), "
+        f"hide=['{outside[0]}'])."
     )
 
 

@@ -316,7 +316,7 @@ class GuideContract(ProgramContract):
         flat = value.reshape(num, -1)
         cov = torch.atleast_2d(flat.T.cov()) / 4
         other = torch.distributions.MultivariateNormal(flat.mean(0), cov)
-        weights = (other.log_prob(flat) - fn.log_prob(value).reshape(num)).exp()
+        weights = (other.log_prob(flat) - fn.log_prob(value).reshape(num)).exp().detach()
         error = float(weights.std()) / math.sqrt(num)
         assert abs(float(weights.mean()) - 1) < 5 * error
         assert error < 0.05

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pyro
 import pytest
 import torch
 from contracts import BATCH, Case, GuideContract, traced
@@ -155,7 +154,3 @@ def test_networks_of_the_wrong_width() -> None:
         AmortizedNormal(encoder(5))(normal_x(BATCH))
     with pytest.raises(ValueError, match="MultivariateNormalEncoder: expected 5 outputs .* got 4"):
         AmortizedMultivariateNormal(encoder(4), 2)(normal_x(BATCH))
-
-
-def test_no_import_writes_parameters() -> None:
-    assert not pyro.get_param_store().keys()

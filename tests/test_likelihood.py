@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.distributions.transforms import AffineTransform, ExpTransform
 
@@ -707,6 +708,35 @@ def test_a_mask_beside_a_support_that_depends_on_the_row() -> None:
     assert_equal(log_likelihood(model, lambda x: None, counts, num_particles=2), expected)
 
 
+def test_a_mask_around_a_vae() -> None:
+    """Rows that are not observed may hold anything, and the guide need not see them."""
+    seen = torch.tensor([True, False, True, True, False])
+    decoder = MLP(2, [], 4)
+    with torch.no_grad():
+        decoder[0].weight.copy_(loadings())
+        decoder[0].bias.zero_()
+    vae = VAE(decoder, NormalLikelihood(NOISE), StandardNormalPrior(2))
+    with_holes = torch.where(seen.unsqueeze(-1), rows(), math.nan)
+
+    def guide(x: torch.Tensor) -> None:
+        with poutine.mask(mask=seen):
+            exact_guide(x)
+
+    estimate = log_likelihood(poutine.mask(vae, mask=seen), guide, with_holes, num_particles=9)
+    assert_equal(estimate, exact(with_holes))
+
+
+def test_a_mask_around_one_value_for_all_rows() -> None:
+    seen = torch.tensor([True, False, True])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", 3), poutine.mask(mask=seen):
+            pyro.sample("evidence", dist.Bernoulli(x), obs=torch.ones(()))
+
+    estimate = log_likelihood(model, lambda x: None, torch.tensor([0.1, 0.5, 0.9]), num_particles=2)
+    assert_equal(estimate, torch.tensor([0.1, 1.0, 0.9]).log())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_obs_mask_sites(masked: bool) -> None:
     """``obs_mask`` makes a latent site of its own for what was not observed."""
@@ -815,6 +845,37 @@ def test_a_discrete_latent_per_pixel(
 
     estimate = log_likelihood(model, guide, x, num_particles=6, chunk_size=4)
     assert_equal(estimate, pixel_joint(x).logsumexp(-1))
+
+
+def test_a_latent_that_training_samples_is_summed_out_exactly() -> None:
+    """``num_samples`` makes TraceTMC's estimate in training; evaluation takes the whole sum."""
+    mixture = GaussianMixture(4, 3)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            infer = {"enumerate": "parallel", "num_samples": 2, "expand": True}
+            z = pyro.sample("z", dist.Categorical(mixture.weights), infer=infer)
+            pyro.sample("x", mixture._components(z), obs=x)
+
+    estimate = log_likelihood(model, lambda x: None, rows(), num_particles=2)
+    assert_equal(estimate, mixture.log_prob(rows()).detach())
+
+
+def test_a_model_marked_for_enumeration_takes_the_guides_samples() -> None:
+    """Only what the guide leaves out is summed; here y is, z is not."""
+    model, joint = GaussianMixture(4, 3), torch.tensor([0.25, 0.75])
+
+    def extended(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(joint), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Categorical(model.weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", model._components(z), obs=x)
+            pyro.factor("level", (1.0 + y).log())
+
+    guide = ExactGaussianMixture(model)
+    estimate = log_likelihood(extended, guide, rows(), num_particles=9, chunk_size=4)
+    expected = model.log_prob(rows()).detach() + math.log(0.25 + 2 * 0.75)
+    assert_equal(estimate, expected)
 
 
 def test_several_discrete_latents_that_depend_on_one_another() -> None:
@@ -1170,9 +1231,10 @@ def test_factors_count_and_deterministic_sites_do_not() -> None:
             loc = pyro.deterministic("loc", z @ loadings().T, event_dim=1)
             pyro.sample("x", dist.Normal(loc, NOISE).to_event(1), obs=x)
             pyro.factor("weight", x.sum(-1))
+            pyro.factor("count", torch.tensor(3))  # an integer
 
     estimate = log_likelihood(model, exact_guide, rows(), num_particles=9)
-    assert_equal(estimate, exact(rows()) + rows().sum(-1))
+    assert_equal(estimate, exact(rows()) + rows().sum(-1) + 3)
 
 
 def test_a_model_may_observe_through_a_factor_alone() -> None:
@@ -1259,6 +1321,20 @@ def test_a_transformed_distribution_as_guide() -> None:
 
     estimate = log_likelihood(model, guide, x, num_particles=40, chunk_size=7)
     assert_equal(estimate, dist.Normal(0.0, 2.0**0.5).log_prob(x))
+
+
+def test_an_autoguide() -> None:
+    """Pyro's own: auxiliary sites and Deltas; its parameters survive an evaluation before them."""
+    x, guide = rows(), AutoNormal(linear_model, init_scale=0.6)
+    log_likelihood(linear_model, guide, x, num_particles=9)
+    optimizer = pyro.optim.Adam({"lr": 0.05})
+    svi = pyro.infer.SVI(linear_model, guide, optimizer, pyro.infer.TraceMeanField_ELBO())
+    for _ in range(150):
+        svi.step(x)
+    estimate = run(linear_model, guide, x, num_particles=2000)
+    z = (estimate.log_likelihood - exact(x)) / estimate.standard_error
+    assert z.abs().max() < 5
+    assert estimate.standard_error.max() < 0.05
 
 
 def test_a_flow_as_guide() -> None:
@@ -1450,12 +1526,16 @@ def test_a_site_outside_the_data_plate() -> None:
         pyro.sample("global", dist.Normal(torch.zeros(()), 1.0))
         exact_guide(x)
 
-    match = r"every sample site inside plate 'data', got site 'global' outside it.*condition"
+    match = r"every sample site inside plate 'data', got site 'global' outside it.*block\(pyro.pout"
     with pytest.raises(ValueError, match=match):
         log_likelihood(model, guide, rows())
-    condition = poutine.condition(model, {"global": torch.tensor(0.3)})
-    with pytest.raises(ValueError, match="got site 'global' outside"):  # still scored per batch
-        log_likelihood(condition, exact_guide, rows())
+
+    def fixed(program: Any) -> Any:  # as the message says
+        conditioned = poutine.condition(program, data={"global": torch.tensor(0.3)})
+        return poutine.block(conditioned, hide=["global"])
+
+    estimate = log_likelihood(fixed(model), fixed(guide), rows(), num_particles=9)
+    assert_equal(estimate, exact(rows()))
 
 
 def test_no_plate_at_all() -> None:

@@ -1,5 +1,7 @@
 """The public models keep the contracts; what is their own is tested below."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pyro
@@ -15,7 +17,6 @@ from pyro_vae import likelihoods
 from pyro_vae.baselines import gaussian_mixture_em, ppca
 from pyro_vae.evaluation import importance_weighted_log_likelihood
 from pyro_vae.guides import (
-    AmortizedMultivariateNormal,
     AmortizedNormal,
     ExactGaussianMixture,
     ExactLinearGaussian,
@@ -102,6 +103,23 @@ class TestModels(ModelContract):
 def test_every_public_model_is_among_the_cases() -> None:
     covered = {type(case.make()[0]).__name__ for case in CASES.values()}
     assert covered == set(pyro_vae.models.__all__)
+
+
+def test_the_imports_change_nothing() -> None:
+    """In an interpreter of its own: neither parameters nor any global state."""
+    code = """
+import pkgutil, pyro, torch
+def state():
+    return (list(pyro.get_param_store().keys()), torch.get_default_dtype(), pyro.settings.get(),
+            torch.get_num_threads(), torch.initial_seed(), torch.get_rng_state().tolist())
+before = state()
+import pyro_vae
+for module in pkgutil.walk_packages(pyro_vae.__path__, "pyro_vae."):
+    __import__(module.name)
+assert state() == before
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 # Names in the param store.

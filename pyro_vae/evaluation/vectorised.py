@@ -185,7 +185,7 @@ class VectorisedProgram:
             for frame in frames(site):
                 shape[frame.dim] = frame.size
             log_prob = site_log_prob(site)
-            self._eps = max(self._eps, torch.finfo(log_prob.dtype).eps)
+            self._note_rounding(log_prob)
             log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, shape))
             total = total + self._plates.sum_others(log_prob, leading=len(particles))
         return torch.as_tensor(total)
@@ -201,7 +201,7 @@ class VectorisedProgram:
         for site in sites_of(trace, is_random).values():
             around = {trace.plate_to_symbol[f.name]: f.size for f in frames(site)}
             sizes.update(around)
-            self._eps = max(self._eps, torch.finfo(site["unscaled_log_prob"].dtype).eps)
+            self._note_rounding(site["unscaled_log_prob"])
             factor = packed.scale_and_mask(
                 site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"]
             )
@@ -248,6 +248,10 @@ class VectorisedProgram:
                 return False
         self._broadcasts = True
         return True
+
+    def _note_rounding(self, log_prob: torch.Tensor) -> None:
+        if log_prob.is_floating_point():  # A factor may be an integer.
+            self._eps = max(self._eps, torch.finfo(log_prob.dtype).eps)
 
     def _close(self, first: torch.Tensor, second: torch.Tensor) -> bool:
         """Equal up to rounding."""

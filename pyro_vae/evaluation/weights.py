@@ -113,7 +113,7 @@ def pareto_k(largest: torch.Tensor) -> torch.Tensor:
         rows = lengths == length
         result[rows] = _fit_shape(excess[-length:, rows])
     # An exact guide: the log-weights differ by the rounding of float64 alone.
-    flat = log_weights[-1] > -1e-9
+    flat = (log_weights[-1] > -1e-9) & (len(log_weights) > 1)
     return result.masked_fill(flat, -math.inf).reshape(shape)
 
 
