@@ -22,8 +22,10 @@ def root_modules(program: Callable[..., Any]) -> Iterator[nn.Module]:
     """Modules that can be seen from outside: the program, what it wraps, what it is bound to."""
     if isinstance(program, nn.Module):
         yield program
-    elif isinstance(program, partial):  # Pyro's handlers are partials of (handler, program).
-        for part in (program.func, *program.args):
+    elif isinstance(program, partial):
+        # Pyro's handlers are partials of (handler, program), shown twice: outside and in `func`.
+        nested = isinstance(program.func, partial)
+        for part in (program.func,) if nested else (program.func, *program.args):
             if callable(part):
                 yield from root_modules(part)
     elif isinstance(getattr(program, "__self__", None), nn.Module):

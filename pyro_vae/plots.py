@@ -125,7 +125,7 @@ def _canvas(
     images: torch.Tensor, num_columns: int, image_shape: tuple[int, int] | None
 ) -> torch.Tensor:
     """Lays images out in rows on one tensor, with a gap of NaN between them."""
-    images = images.detach().cpu().double()
+    images = images.cpu().double()
     side = round(images[0].numel() ** 0.5)
     height, width = image_shape or (side, side)
     if images[0].numel() != height * width:
@@ -168,8 +168,11 @@ def plot_images(
     Raises:
         ValueError: If the images do not have that shape.
     """
+    images = images.detach()
     canvas = _canvas(images, num_columns, image_shape)
-    ax = _axes(ax, (0.06 * canvas.shape[1], 0.06 * canvas.shape[0]))
+    height, width = canvas.shape
+    inch_per_pixel = max(0.06, 3 / max(height, width))
+    ax = _axes(ax, (inch_per_pixel * width, inch_per_pixel * height))
     low, high = limits or (float(images.min()), float(images.max()))
     ax.imshow(canvas.numpy(), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
     ax.set_axis_off()
@@ -217,9 +220,17 @@ def plot_codes(codes: torch.Tensor, labels: torch.Tensor, ax: "Axes | None" = No
         codes: ``(N, 2)``; only the first two coordinates are drawn.
         labels: ``(N,)`` classes.
         ax: Where to draw; a new figure by default.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
     from matplotlib import colormaps
 
+    if codes.dim() != 2 or codes.shape[1] < 2 or labels.shape != codes.shape[:1]:
+        raise ValueError(
+            f"plot_codes: expected codes (N, 2) and labels (N,), got {tuple(codes.shape)} and "
+            f"{tuple(labels.shape)}. Give each code two coordinates and one label."
+        )
     ax = _axes(ax, (6, 5))
     codes, labels = codes.detach().cpu(), labels.cpu()
     classes = labels.unique().tolist()
@@ -250,7 +261,7 @@ def plot_loadings(
         image_shape: Height and width; a square by default.
         ax: Where to draw; a new figure by default.
     """
-    largest = float(weight.abs().max())
+    largest = float(weight.detach().abs().max())
     return plot_images(
         weight.T,
         min(num_columns, weight.shape[1]),

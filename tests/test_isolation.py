@@ -132,6 +132,7 @@ def test_root_modules() -> None:
     assert list(root_modules(net)) == [net]
     assert list(root_modules(net.guide)) == [net]
     assert list(root_modules(scale_kl(partial(with_net, net), 2.0))) == [net]
+    assert list(root_modules(poutine.mask(scale_kl(net, 2.0), mask=True))) == [net]
     assert list(root_modules(partial(print, other, 3))) == [other]
     assert list(root_modules(lambda x: net(x))) == []
     assert list(root_modules([].append)) == []

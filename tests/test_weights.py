@@ -186,6 +186,11 @@ def test_pareto_k_with_ties() -> None:
     ours = summed(log_weights.unsqueeze(-1)).pareto_k
     assert ours.isfinite().all()
     assert float(ours) == pytest.approx(arviz_pareto_k(log_weights.numpy()), abs=0.2)
+    # Ties with the threshold are no part of the tail, however many there are.
+    tail = torch.randn(40, 1).sort(0, descending=True).values
+    tail, threshold = tail[:30], tail[30:31]
+    tied = torch.cat([tail, threshold.expand(20, 1)])
+    torch.testing.assert_close(pareto_k(tied), pareto_k(torch.cat([tail, threshold])))
     two_values = torch.tensor([0.0, 1.0]).repeat(100).unsqueeze(-1)
     assert not summed(two_values).pareto_k.isnan().any()
 
@@ -212,3 +217,16 @@ def test_pareto_k_does_not_depend_on_the_order_or_the_level() -> None:
 )
 def test_tail_length(num: int, length: int) -> None:
     assert tail_length(num) == length
+
+
+def test_standard_error_keeps_its_digits_at_any_level() -> None:
+    spread = 1e-4 * torch.randn(50, 2)
+    errors = []
+    for level in (0.0, -12345.0):
+        sums = LogWeightSums((2,), 50)
+        for chunk in (level + spread).split(7):
+            sums.add(chunk)
+        errors.append(sums.standard_error)
+    direct = spread.exp().std(0) / spread.exp().mean(0) / 50**0.5
+    torch.testing.assert_close(errors[0], direct, rtol=1e-6, atol=0)
+    torch.testing.assert_close(errors[1], direct, rtol=1e-6, atol=0)

@@ -33,11 +33,18 @@ class LogWeightSums:
         self._log_sum_of_squares = minus_inf
         self._sum_of_logs = torch.zeros_like(minus_inf)
         self._largest = minus_inf.new_empty((0, *shape))
+        self._reference = torch.zeros_like(minus_inf)
         self.count = 0
 
     def add(self, log_weights: torch.Tensor) -> None:
         """Takes a chunk of shape ``(chunk, *shape)``."""
         log_weights = log_weights.to(torch.float64)
+        if not self.count:
+            # Sums of weights relative to an early one keep the digits of their spread, however
+            # large the log-weights themselves are.
+            largest = log_weights.amax(0)
+            self._reference = torch.where(largest.isfinite(), largest, self._reference)
+        log_weights = log_weights - self._reference
         self.count += len(log_weights)
         self._log_sum = torch.logaddexp(self._log_sum, log_weights.logsumexp(0))
         self._log_sum_of_squares = torch.logaddexp(
@@ -51,12 +58,12 @@ class LogWeightSums:
     @property
     def log_mean(self) -> torch.Tensor:
         """Log of the mean weight: the importance-weighted bound, nats per datum."""
-        return self._log_sum - math.log(self.count)
+        return self._reference + self._log_sum - math.log(self.count)
 
     @property
     def mean_log(self) -> torch.Tensor:
         """Mean log-weight: the ELBO, nats per datum."""
-        return self._sum_of_logs / self.count
+        return self._reference + self._sum_of_logs / self.count
 
     @property
     def effective_sample_size(self) -> torch.Tensor:

@@ -1,0 +1,264 @@
+"""Figures: what is on the axes, and that nothing else is opened or changed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from pyro_vae import History, plots
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def legend(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def images(num: int = 5, pixels: int = 12) -> torch.Tensor:
+    return torch.rand(num, pixels)
+
+
+def shown(ax: Axes) -> np.ndarray[Any, Any]:
+    (image,) = ax.images
+    return np.ma.filled(image.get_array().astype(float), np.nan)
+
+
+CALLS: dict[str, Callable[[Axes | None], Axes]] = {
+    "history": lambda ax: plots.plot_history({"A": History(loss=[2.0, 1.0])}, ax=ax),
+    "em": lambda ax: plots.plot_em({"A": torch.tensor([-2.0, -1.0])}, ax=ax),
+    "bounds": lambda ax: plots.plot_bounds([1, 10], {"A": [-2.0, -1.0]}, ax=ax),
+    "images": lambda ax: plots.plot_images(images(), image_shape=(3, 4), ax=ax),
+    "reconstructions": lambda ax: plots.plot_reconstructions(images(3, 4), {}, ax=ax),
+    "codes": lambda ax: plots.plot_codes(torch.randn(4, 2), torch.arange(4), ax=ax),
+    "loadings": lambda ax: plots.plot_loadings(torch.randn(9, 2), ax=ax),
+}
+
+
+def test_every_plot_is_here() -> None:
+    assert sorted(f"plot_{name}" for name in CALLS) == plots.__all__
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_new_figure_by_default(name: str) -> None:
+    style = dict(mpl.rcParams)
+    ax = CALLS[name](None)
+    assert isinstance(ax, Axes)
+    assert plt.get_fignums() == [ax.figure.number]
+    ax.figure.canvas.draw()
+    assert dict(mpl.rcParams) == style
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_drawing_on_given_axes(name: str) -> None:
+    figure, (left, right) = plt.subplots(1, 2)
+    assert CALLS[name](right) is right
+    assert plt.get_fignums() == [figure.number]
+    assert not left.has_data()
+    assert right.has_data()
+
+
+# Curves.
+
+
+def test_history_lines() -> None:
+    with_held_out = History(loss=[3.0, 2.0, 1.0], validation_loss=[5.0, 4.0, 3.5])
+    ax = plots.plot_history({"A": with_held_out, "B": History(loss=[2.5, 1.5])})
+    training, held_out, other = ax.lines
+    assert training.get_xdata().tolist() == held_out.get_xdata().tolist() == [1, 2, 3]
+    assert training.get_ydata().tolist() == [3.0, 2.0, 1.0]
+    assert held_out.get_ydata().tolist() == [5.0, 4.0, 3.5]
+    assert other.get_xdata().tolist() == [1, 2]
+    assert other.get_ydata().tolist() == [2.5, 1.5]
+    assert [line.get_linestyle() for line in ax.lines] == ["--", "-", "-"]
+    assert training.get_color() == held_out.get_color() != other.get_color()
+    assert legend(ax) == ["A, training", "A, held out", "B"]
+    assert ax.get_xlabel() == "epoch"
+    assert ax.get_ylabel() == "loss (nats per datum)"
+
+
+def test_history_shows_a_held_out_loss_above_the_training_loss() -> None:
+    ax = plots.plot_history({"A": History(loss=[3.0, 1.0], validation_loss=[4.0, 6.0])})
+    low, high = ax.get_ylim()
+    assert low < 1.0
+    assert high >= 6.0
+
+
+def test_history_is_not_flattened_by_its_first_epochs() -> None:
+    loss = [1e6] + [2.0 - 0.01 * i for i in range(99)]
+    ax = plots.plot_history({"A": History(loss=loss)})
+    assert ax.get_ylim()[1] < 3
+
+
+def test_history_without_label_or_epochs() -> None:
+    ax = plots.plot_history({"": History(loss=[2.0])})
+    assert ax.get_legend() is None
+    assert len(ax.lines) == 1
+    assert not plots.plot_history({}).lines
+    (line,) = plots.plot_history({"A": History()}).lines
+    assert len(line.get_xdata()) == 0
+
+
+def test_history_with_losses_that_are_not_finite() -> None:
+    history = History(loss=[2.0, 1.0], validation_loss=[float("inf"), 1.5])
+    assert plots.plot_history({"A": history}).get_ylim()[1] < 3
+
+
+def test_em_lines() -> None:
+    runs = {"pPCA": torch.tensor([-3.0, -2.0, -1.5]), "FA": torch.tensor([-1.0])}
+    ax = plots.plot_em(runs, {"exact": -1.25})
+    first, second, exact = ax.lines
+    assert first.get_xdata().tolist() == [1, 2, 3]
+    assert first.get_ydata().tolist() == [-3.0, -2.0, -1.5]
+    assert second.get_ydata().tolist() == [-1.0]
+    assert list(exact.get_ydata()) == [-1.25, -1.25]
+    assert legend(ax) == ["pPCA", "FA", "exact"]
+    assert ax.get_xscale() == "log"
+    assert ax.get_xlabel() == "EM step"
+    assert ax.get_ylabel() == "training log-likelihood (nats per datum)"
+
+
+def test_bounds_lines() -> None:
+    ax = plots.plot_bounds(
+        [1, 10, 100],
+        {"A": [-3.0, -2.0, -1.5], "B": [-4.0, -3.0, -2.5]},
+        exact={"A": -1.0, "unknown": 5.0},
+        standard_errors={"B": [0.0, 0.5, 0.25]},
+    )
+    points, no_errors = ax.containers[0].lines[0], ax.containers[0].has_yerr
+    assert points.get_xdata().tolist() == [1, 10, 100]
+    assert points.get_ydata().tolist() == [-3.0, -2.0, -1.5]
+    assert not no_errors
+    (bars,) = ax.containers[1].lines[2]
+    heights = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert heights == [[-4.0, -4.0], [-3.5, -2.5], [-2.75, -2.25]]
+    assert legend(ax) == ["A, exact", "A", "B"]
+    (exact,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert list(exact.get_ydata()) == [-1.0, -1.0]
+    assert exact.get_color() == points.get_color()
+    assert ax.get_xscale() == "log"
+    assert ax.get_xlabel() == "particles K"
+
+
+# Images.
+
+
+def test_images_lie_in_rows() -> None:
+    x = images(5, 9)
+    ax = plots.plot_images(x, num_columns=3)
+    canvas = shown(ax)
+    assert canvas.shape == (7, 11)
+    for index, image in enumerate(x):
+        row, column = divmod(index, 3)
+        tile = canvas[4 * row : 4 * row + 3, 4 * column : 4 * column + 3]
+        assert np.array_equal(tile, image.reshape(3, 3).numpy())
+    assert np.isnan(canvas[3]).all()
+    assert np.isnan(canvas[:, 3]).all()
+    assert np.isnan(canvas[4:, 8:]).all()  # The sixth place is empty.
+    assert ax.images[0].get_clim() == (0.0, 1.0)
+    assert not ax.axison
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3)])
+def test_images_that_are_not_square(shape: tuple[int, int]) -> None:
+    x = images(1, 12)
+    expected = x.reshape(shape).numpy()
+    assert np.array_equal(shown(plots.plot_images(x, 1, image_shape=shape)), expected)
+    upright = plots.plot_images(x.reshape(1, *shape), 1, image_shape=shape)
+    assert np.array_equal(shown(upright), expected)
+
+
+def test_image_limits() -> None:
+    x = 10 * images(4, 4) - 5
+    assert plots.plot_images(x, limits=(-5, 5)).images[0].get_clim() == (-5, 5)
+    clim = plots.plot_images(x, limits=None).images[0].get_clim()
+    assert clim == (x.min().item(), x.max().item())
+
+
+def test_images_with_gradient_and_in_single_precision() -> None:
+    x = torch.rand(2, 4, dtype=torch.float32, requires_grad=True)
+    assert shown(plots.plot_images(x, 2)).shape == (2, 5)
+    plots.plot_images(x, limits=None)
+    plots.plot_loadings(x.T)
+    assert x.requires_grad
+
+
+@pytest.mark.parametrize("shape", [None, (3, 5)])
+def test_images_of_another_shape(shape: tuple[int, int] | None) -> None:
+    height, width = shape or (3, 3)
+    message = f"plots: expected images of {height} x {width} = {height * width} pixels, got 12. "
+    for draw in (
+        lambda: plots.plot_images(images(), image_shape=shape),
+        lambda: plots.plot_reconstructions(images(), {"A": images()}, image_shape=shape),
+        lambda: plots.plot_loadings(images().T, image_shape=shape),
+    ):
+        with pytest.raises(ValueError, match=message + "Pass image_shape"):
+            draw()
+    assert plt.get_fignums() == []
+
+
+def test_reconstructions_lie_below_the_images() -> None:
+    x = images(3, 4)
+    ax = plots.plot_reconstructions(x, {"A": x / 2, "B": x / 4})
+    canvas = shown(ax)
+    assert canvas.shape == (8, 8)
+    for row, factor in enumerate([1, 2, 4]):
+        tile = canvas[3 * row : 3 * row + 2, 3:5]
+        assert np.array_equal(tile, (x[1] / factor).reshape(2, 2).numpy())
+    assert [text.get_text() for text in ax.texts] == ["data", "A", "B"]
+    for row, text in enumerate(ax.texts):  # Beside the rows.
+        assert 3 * row - 0.5 <= text.get_position()[1] <= 3 * row + 1.5
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 9)])
+def test_reconstructions_of_other_rows(shape: tuple[int, int]) -> None:
+    message = r"plot_reconstructions: expected 'A' of the shape of the images, \(3, 4\), got \("
+    with pytest.raises(ValueError, match=message):
+        plots.plot_reconstructions(images(3, 4), {"A": torch.zeros(shape)})
+
+
+def test_loadings_are_columns_with_zero_in_the_middle() -> None:
+    weight = torch.randn(6, 3)
+    ax = plots.plot_loadings(weight, image_shape=(2, 3))
+    canvas = shown(ax)
+    assert canvas.shape == (2, 11)
+    assert np.array_equal(canvas[:, 4:7], weight[:, 1].reshape(2, 3).numpy())
+    largest = weight.abs().max().item()
+    assert ax.images[0].get_clim() == (-largest, largest)
+    assert shown(plots.plot_loadings(weight, 2, image_shape=(2, 3))).shape == (5, 7)
+
+
+# Codes.
+
+
+def test_codes_are_coloured_by_class() -> None:
+    codes, labels = torch.randn(30, 3), torch.arange(30) % 3 * 2
+    ax = plots.plot_codes(codes, labels)
+    assert legend(ax) == ["0", "2", "4"]
+    assert len(ax.collections) == 3
+    for label, points in zip([0, 2, 4], ax.collections, strict=True):
+        assert np.array_equal(points.get_offsets(), codes[labels == label, :2].numpy())
+    assert len({tuple(points.get_facecolor()[0]) for points in ax.collections}) == 3
+    assert ax.get_xlabel() == "code 1"
+    assert ax.get_ylabel() == "code 2"
+
+
+def test_more_than_ten_classes_have_their_own_colours() -> None:
+    ax = plots.plot_codes(torch.randn(40, 2, requires_grad=True), torch.arange(40) % 20)
+    assert len({tuple(points.get_facecolor()[0]) for points in ax.collections}) == 20
+
+
+@pytest.mark.parametrize(("codes", "labels"), [((4, 1), (4,)), ((4,), (4,)), ((4, 2), (3,))])
+def test_codes_of_another_shape(codes: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    message = r"plot_codes: expected codes \(N, 2\) and labels \(N,\), got \(4,.* and \([34],\)"
+    with pytest.raises(ValueError, match=message):
+        plots.plot_codes(torch.zeros(codes), torch.zeros(labels))
+    assert plt.get_fignums() == []
