@@ -3,11 +3,13 @@
     python examples/vae_mnist.py --data-root data --download --epochs 20
 
 Burda et al. (2016), Importance weighted autoencoders, report a test log-likelihood of -86.76
-nats (K = 5000) after 3,280 epochs; ``--epochs`` scales their learning-rate schedule. An epoch
+nats (K = 5000) after 3,280 epochs; ``--epochs`` scales their learning-rate schedule, and
+``--schedule cosine`` suits short trainings better. An epoch
 takes about 10 seconds on one core, the evaluation of all 10,000 test images some minutes.
 """
 
 import argparse
+import math
 import struct
 from pathlib import Path
 
@@ -40,8 +42,14 @@ def build(x_mean: torch.Tensor, latent_dim: int, hidden: list[int]) -> tuple[VAE
     return vae, AmortizedNormal(encoder)
 
 
-def learning_rate(progress: float) -> float:
-    """Factor 10^(-i/7) for 3^i of 3,280 epochs, i = 0 ... 7, at a fraction of the training."""
+def learning_rate(schedule: str, progress: float) -> float:
+    """Factor on the learning rate at a fraction of the training.
+
+    The paper's: 10^(-i/7) for 3^i of 3,280 epochs, i = 0 ... 7. Scaled down, two thirds of a
+    short training run at its lowest rate; there a cosine gets further.
+    """
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * min(progress, 1))) / 2
     epochs_done, stage = progress * 3280, 0
     while stage < 7 and epochs_done >= 3**stage:
         epochs_done -= 3**stage
@@ -80,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
         {
             "optimizer": torch.optim.Adam,
             "optim_args": {"lr": 1e-3, "eps": 1e-4},
-            "lr_lambda": lambda step: learning_rate(step / num_steps),
+            "lr_lambda": lambda step: learning_rate(args.schedule, step / num_steps),
         }
     )
     svi = SVI(vae, guide, optimizer, TraceMeanField_ELBO())
@@ -110,6 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="holds MNIST/raw")
     parser.add_argument("--download", action="store_true", help="fetch MNIST if it is missing")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--schedule", choices=["paper", "cosine"], default="paper")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--latent-dim", type=int, default=50)
     parser.add_argument("--hidden", type=int, nargs="+", default=[200, 200])

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from pyro_vae.checks import check_at_least
+from pyro_vae.checks import check_at_least, explained
 from pyro_vae.fit_checks import Snapshot, check_trained, find_non_finite, look_at
 from pyro_vae.history import History
 from pyro_vae.isolation import evaluation_mode
@@ -166,7 +166,8 @@ class _Loop:
                 rows = _num_rows(args)
                 if "validation" not in self.num_data:
                     self.num_data["validation"], _ = look_at(self.programs, args, rows)
-                loss = float(self.svi.evaluate_loss(*args))
+                with explained("fit", args):
+                    loss = float(self.svi.evaluate_loss(*args))
                 mean.add(loss / self.num_data["validation"](rows), rows)
         return mean.value_of("validation")
 

@@ -47,17 +47,13 @@ def plot_history(histories: Mapping[str, History], ax: "Axes | None" = None) -> 
     ax = _axes(ax)
     for index, (label, history) in enumerate(histories.items()):
         color, epochs = f"C{index}", range(1, len(history.loss) + 1)
-        held_out = bool(history.validation_loss)
-        prefix = f"{label}, " if label else ""
-        name = f"{prefix}training" if held_out else label
-        ax.plot(epochs, history.loss, "--" if held_out else "-", color=color, label=name or None)
-        if held_out:
-            ax.plot(
-                epochs[: len(history.validation_loss)],
-                history.validation_loss,
-                color=color,
-                label=f"{prefix}held out",
-            )
+        if not history.validation_loss:
+            ax.plot(epochs, history.loss, color=color, label=label or None)
+            continue
+        # With several runs their names fill the legend, so its title explains the dashes.
+        ax.plot(epochs, history.loss, "--", color=color, label=None if label else "training")
+        held_out = history.validation_loss
+        ax.plot(epochs[: len(held_out)], held_out, color=color, label=label or "held out")
     curves = [c for h in histories.values() for c in (h.loss, h.validation_loss)]
     losses = [v for curve in curves for v in curve[len(curve) // 20 :] if math.isfinite(v)]
     if losses:  # The first epochs would flatten everything else.
@@ -65,7 +61,9 @@ def plot_history(histories: Mapping[str, History], ax: "Axes | None" = None) -> 
         ax.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low))
     ax.set(xlabel="epoch", ylabel="loss (nats per datum)")
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize="small")
+        dashes = any(label and history.validation_loss for label, history in histories.items())
+        title = "held out (dashed: training)" if dashes else None
+        ax.legend(frameon=False, fontsize="small", title=title, title_fontsize="small")
     return ax
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn import datasets as sklearn_datasets
 
-from pyro_vae.datasets import DIGITS_GREY_LEVELS, Batches, binarize, load_digits, load_mnist
+from pyro_vae.datasets import Batches, binarize, load_digits, load_mnist
 
 # Digits.
 
@@ -43,7 +43,7 @@ def test_digits_in_single_precision() -> None:
 def test_all_digits_once_with_their_labels() -> None:
     grey, label = sklearn_datasets.load_digits(return_X_y=True)
     (x, y), (x_test, y_test) = load_digits(dequantize=False)
-    images = torch.cat([x, x_test]) * (DIGITS_GREY_LEVELS - 1)
+    images = torch.cat([x, x_test]) * 16
     ours = torch.cat([images, torch.cat([y, y_test]).unsqueeze(-1)], -1)
     theirs = torch.cat([torch.as_tensor(grey), torch.as_tensor(label).unsqueeze(-1)], -1)
     assert sorted_rows(ours) == sorted_rows(theirs)
@@ -61,9 +61,9 @@ def test_digits_split_is_stratified(fraction: float) -> None:
 def test_dequantised_digits_floor_back_to_grey_levels() -> None:
     noisy, plain = load_digits(seed=4), load_digits(dequantize=False, seed=4)
     for (x, y), (x_plain, y_plain) in zip(noisy, plain, strict=True):
-        levels = x_plain * (DIGITS_GREY_LEVELS - 1)
-        noise = x * DIGITS_GREY_LEVELS - levels
-        assert torch.equal((x * DIGITS_GREY_LEVELS).floor(), levels)
+        levels = x_plain * 16
+        noise = x * 17 - levels
+        assert torch.equal((x * 17).floor(), levels)
         assert torch.equal(y, y_plain)
         error = 5 * (1 / 12 / noise.numel()) ** 0.5
         assert noise.mean().item() == pytest.approx(0.5, abs=error)

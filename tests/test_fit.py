@@ -1,11 +1,13 @@
 """The training loop: what it computes, what it takes, what it says when something is wrong."""
 
 import math
+import random
 import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -448,6 +450,29 @@ def test_validation_runs_in_eval_mode(hidden: bool) -> None:
     assert all(module.training for module in [*model.modules(), *guide.modules()])
 
 
+@pytest.mark.parametrize("position", [0, 1])
+def test_bad_validation_data(position: int) -> None:
+    good, *held_out = batches_of(4, 4, 4)
+    held_out[position][0, 0] = math.nan
+    svi = SVI(*linear_pair(), adam(), Trace_ELBO())
+    with pytest.raises(ValueError, match="fit: expected finite data .*, got 1 NaN and 0 infinite"):
+        fit(svi, [good], 1, validation=held_out, progress=False)
+
+
+def test_validation_of_a_method_that_reads_its_mode() -> None:
+    modes = []
+
+    class Owner(nn.Module):
+        def model(self, x: torch.Tensor) -> None:
+            modes.append(self.training)
+            line(x)
+
+    owner, x = Owner(), torch.randn(3)
+    fit(SVI(owner.model, no_latents, sgd(), Trace_ELBO()), [x], 1, validation=[x], progress=False)
+    assert modes == [False, True, False, False]  # A look, a step, a look, an evaluation.
+    assert owner.training
+
+
 def test_validation_does_not_train() -> None:
     svi = SVI(line, no_latents, sgd(0.0), Trace_ELBO())
     x = torch.randn(5)
@@ -671,6 +696,19 @@ def test_first_look_has_no_side_effects() -> None:
 def bernoulli_pair() -> tuple[VAE, AmortizedNormal]:
     vae = VAE(MLP(2, [4], DATA_DIM), Bernoulli(), StandardNormalPrior(2))
     return vae, AmortizedNormal(MLP(DATA_DIM, [4], 4))
+
+
+def test_first_look_leaves_python_and_numpy_alone() -> None:
+    drawn = []
+
+    def model(x: torch.Tensor) -> None:
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        line(x)
+
+    fit(SVI(model, no_latents, sgd(), Trace_ELBO()), [torch.randn(3)], 2, progress=False)
+    look, first, second = drawn
+    assert look == first
+    assert all(a != b for a, b in zip(first, second, strict=True))
 
 
 def with_entry(value: float) -> torch.Tensor:

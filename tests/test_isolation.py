@@ -33,6 +33,9 @@ class Net(PyroModule):
     def guide(self, x: torch.Tensor) -> torch.Tensor:
         return self(x)
 
+    def reads_its_mode(self) -> bool:
+        return self.training or self.dropout.training
+
 
 def with_net(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return net(x)
@@ -63,6 +66,14 @@ def test_modules_run_in_eval_mode_and_go_back(way: str, named: bool) -> None:
     assert all(module.training for module in net.modules())
     program(x)
     assert net.modes[-1] == (True, True, True)
+
+
+def test_a_method_that_calls_no_module() -> None:
+    net = Net()
+    for method in (net.reads_its_mode, poutine.mask(net.reads_its_mode, mask=True)):
+        with evaluation_mode(method):
+            assert not method()
+        assert method()
 
 
 @pytest.mark.parametrize("named", [False, True])

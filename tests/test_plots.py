@@ -80,7 +80,8 @@ def test_history_lines() -> None:
     assert other.get_ydata().tolist() == [2.5, 1.5]
     assert [line.get_linestyle() for line in ax.lines] == ["--", "-", "-"]
     assert training.get_color() == held_out.get_color() != other.get_color()
-    assert legend(ax) == ["A, training", "A, held out", "B"]
+    assert legend(ax) == ["A", "B"]
+    assert ax.get_legend().get_title().get_text() == "held out (dashed: training)"
     assert ax.get_xlabel() == "epoch"
     assert ax.get_ylabel() == "loss (nats per datum)"
 
