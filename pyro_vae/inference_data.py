@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.distributions import MaskedDistribution, Unit
-from pyro.poutine.messenger import Messenger
 from torch.distributions import Independent
 
 from pyro_vae.checks import check_at_least, refuse_subsampling
-from pyro_vae.evaluation.particles import Particles
-from pyro_vae.evaluation.vectorised import Values, VectorisedProgram
+from pyro_vae.evaluation.draws import Draws
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.traces import (
     DataPlates,
@@ -20,8 +18,6 @@ from pyro_vae.traces import (
     Site,
     data_plates,
     frames,
-    is_latent,
-    is_observed,
     is_random,
     sites_of,
     trace_pair,
@@ -105,10 +101,10 @@ def to_inference_data(
             pair = trace_pair(model, guide, args, kwargs, _WHERE)
         plates = data_plates(pair, _WHERE)
         layout = _Layout(pair, plates)
-        draws = _Draws(
-            partial(model, *args, **kwargs), partial(guide, *args, **kwargs), pair, plates
-        )
-        chunks = list(draws.chunks(num_samples, chunk_size or draws.chunk_size, layout))
+        bound = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
+        draws = Draws(*bound, pair, plates, _WHERE)
+        chunk_size = chunk_size or draws.chunk_size_within(_CHUNK_BYTES)
+        chunks = list(_chunks(draws, num_samples, chunk_size, layout))
         observed = {
             layout.variable[name]: layout.observed(name, site)
             for name, site in draws.predicted.items()
@@ -123,95 +119,18 @@ def to_inference_data(
     return _from_dict({**groups, "observed_data": observed}, layout)
 
 
-class _Draws:
-    """Draws of every group, a chunk at a time."""
-
-    def __init__(
-        self,
-        model: Callable[[], Any],
-        guide: Callable[[], Any],
-        pair: Pair,
-        plates: DataPlates,
-    ) -> None:
-        def program(
-            of: Callable[[], Any], role: str = "model", enumerated: tuple[str, ...] = ()
-        ) -> VectorisedProgram:
-            return VectorisedProgram(of, role, plates, pair.max_plate_nesting, _WHERE, enumerated)
-
-        self._latents = list(sites_of(pair.model_trace, is_latent))
-        scored = sites_of(pair.model_trace, is_observed)
-        self.predicted = {
-            name: site for name, site in scored.items() if not isinstance(site["fn"], Unit)
+def _chunks(
+    draws: Draws, num_samples: int, chunk_size: int, layout: "_Layout"
+) -> Iterator[dict[str, dict[str, Array]]]:
+    """Yields ``num_samples`` draws in all, by group and site, on the CPU."""
+    for start in range(0, num_samples, chunk_size):
+        groups = draws.draw(min(chunk_size, num_samples - start))
+        log_likelihood = groups.pop("log_likelihood")  # Has the data's dimensions alone.
+        arrays = {
+            group: {name: layout.array(name, value) for name, value in values.items()}
+            for group, values in groups.items()
         }
-        self._guide = Particles(model, guide, pair, plates, _WHERE)
-        self._enumerated = program(model, enumerated=pair.enumerated) if pair.enumerated else None
-        self._likelihoods = {name: program(_Only(name)(model)) for name in scored}
-        self._posterior = program(_Resample()(model), "resampled model")
-        self._prior = program(_Resample()(model), "resampled model")
-
-    @property
-    def chunk_size(self) -> int:
-        """How many draws to make at a time."""
-        return self._guide.chunk_size_within(_CHUNK_BYTES)
-
-    def chunks(
-        self, num_samples: int, chunk_size: int, layout: "_Layout"
-    ) -> Iterator[dict[str, dict[str, Array]]]:
-        """Yields ``num_samples`` draws in all, by group and site, on the CPU."""
-        for start in range(0, num_samples, chunk_size):
-            try:
-                groups = self._chunk(min(chunk_size, num_samples - start))
-            except NotImplementedError as err:
-                raise ValueError(
-                    f"{_WHERE}: expected sites that can be sampled, got a distribution without "
-                    "a sample method. Define it, or give the model a distribution that has one."
-                ) from err
-            log_likelihood = groups.pop("log_likelihood")
-            arrays = {
-                group: {name: layout.array(name, value) for name, value in values.items()}
-                for group, values in groups.items()
-            }
-            yield arrays | {
-                "log_likelihood": {n: v.cpu().numpy() for n, v in log_likelihood.items()}
-            }
-
-    def _chunk(self, num: int) -> dict[str, Values]:
-        latents = self._guide.draw(num)
-        if self._enumerated:
-            latents |= self._enumerated.draw_enumerated(latents, num)
-        log_likelihood = {}
-        for name, program in self._likelihoods.items():
-            log_likelihood[name] = program.score(latents, num)
-            _check_log_likelihood(name, log_likelihood[name])
-        replicated, _ = self._posterior.draw(num, latents)
-        prior, _ = self._prior.draw(num)
-        return {
-            "posterior": {name: latents[name] for name in self._latents},
-            "prior": {name: prior[name] for name in self._latents},
-            "posterior_predictive": {name: replicated[name] for name in self.predicted},
-            "prior_predictive": {name: prior[name] for name in self.predicted},
-            "log_likelihood": log_likelihood,
-        }
-
-
-class _Only(Messenger):
-    """Masks every site but one, so that the log-density of the program is that site's."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] != self._name and is_random(msg):
-            msg["mask"] = False
-
-
-class _Resample(Messenger):
-    """Makes latents of the observed sites. A factor has no value to draw."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_observed(msg) and not isinstance(msg["fn"], Unit):
-            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+        yield arrays | {"log_likelihood": {n: v.cpu().numpy() for n, v in log_likelihood.items()}}
 
 
 class _Layout:
@@ -296,16 +215,6 @@ def _hidden(site: Site, value: torch.Tensor) -> torch.Tensor:
             mask = torch.as_tensor(mask, device=value.device)
             hidden = hidden | ~mask.reshape(mask.shape + (1,) * event_dim)
     return hidden
-
-
-def _check_log_likelihood(name: str, log_likelihood: torch.Tensor) -> None:
-    bad = log_likelihood.isnan() | (log_likelihood == torch.inf)
-    if bad.any():
-        raise ValueError(
-            f"{_WHERE}: expected finite log-likelihoods at site '{name}', got "
-            f"{float(log_likelihood[bad][0])} in {int(bad.sum())} of {bad.numel()} values. "
-            "Look at the parameters and data that site depends on."
-        )
 
 
 def _from_dict(groups: dict[str, dict[str, Array]], layout: _Layout) -> Any:
