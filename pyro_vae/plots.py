@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyro_vae.history import History
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from pyro_vae.history import History
 
 __all__ = [
     "plot_bounds",
@@ -30,7 +30,7 @@ def _axes(ax: "Axes | None", figsize: tuple[float, float] = (6, 4)) -> "Axes":
     return plt.subplots(figsize=figsize, layout="constrained")[1]
 
 
-def plot_history(histories: Mapping[str, History], ax: "Axes | None" = None) -> "Axes":
+def plot_history(histories: "Mapping[str, History]", ax: "Axes | None" = None) -> "Axes":
     """Losses over epochs: training dashed, validation solid, one colour a run.
 
     Args:
@@ -39,6 +39,7 @@ def plot_history(histories: Mapping[str, History], ax: "Axes | None" = None) -> 
 
     Example:
         >>> from matplotlib import pyplot as plt
+        >>> from pyro_vae import History
         >>> ax = plot_history({"VAE": History(loss=[3.0, 2.0], validation_loss=[3.1, 2.2])})
         >>> ax.get_ylabel()
         'loss (nats per datum)'
