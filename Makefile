@@ -72,7 +72,6 @@ examples: $(STAMP)  ## run every example in its short form
 
 demo: $(STAMP)  ## train, compare and draw; writes tables and pictures to results/
 	$(BIN)/python examples/compare.py --out results
-	@echo "The table and the pictures are in results/"
 
 benchmark: $(STAMP)  ## time side by side; each script prints a ratio
 	@for script in $(wildcard benchmarks/*.py); do \

@@ -26,6 +26,13 @@ class _Amortized(Program):
         check_batch(type(self).__name__, "x", x)
         with pyro.plate("data", len(x)):
             q: TorchDistribution = self.encoder(x)
+            if q.batch_shape != (len(x),):
+                raise ValueError(
+                    f"{type(self).__name__}: expected the network to encode each of {len(x)} rows "
+                    f"into one code, got codes of batch shape {tuple(q.batch_shape)} from x of "
+                    f"shape {tuple(x.shape)}. Flatten each datum (x.flatten(1)), or use a network "
+                    "for data of that shape."
+                )
             code: torch.Tensor = pyro.sample(self.site, q)
         return code
 

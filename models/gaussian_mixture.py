@@ -1,12 +1,12 @@
 """The mixture of Gaussians: a model with a discrete latent."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroParam
-from torch.distributions import constraints
+from torch import nn
+from torch.distributions import Transform, constraints, transform_to
 
 from pyro_vae.baselines import GaussianMixtureFit
 from pyro_vae.checks import check_at_least, check_data
@@ -27,10 +27,9 @@ class GaussianMixture(Program):
         name: Name in the param store.
 
     Attributes:
-        weights: ``(K,)``, on the simplex.
-        locs: ``(K, D)``.
-        scale: Cholesky factors ``(K, D, D)`` for full covariances; standard deviations
-            ``(K, D)`` for diagonal and ``(K, 1)`` for spherical ones.
+        locs: Means of the components, ``(K, D)``.
+        raw_weights: Logits of the weights, ``(K,)``.
+        raw_scale: Unconstrained form of ``scale``.
 
     Sites: discrete ``"z"`` and ``"x"`` in the plate ``"data"``.
 
@@ -39,11 +38,6 @@ class GaussianMixture(Program):
         >>> model.log_prob(torch.zeros(7, 2)).shape
         torch.Size([7])
     """
-
-    # Attributes of type PyroParam read as tensors.
-    weights: Any
-    locs: Any
-    scale: Any
 
     def __init__(
         self,
@@ -55,37 +49,56 @@ class GaussianMixture(Program):
     ) -> None:
         check_at_least("GaussianMixture", "data_dim", data_dim, 1)
         check_at_least("GaussianMixture", "num_components", num_components, 1)
-        starts = {
-            "full": torch.eye(data_dim).expand(num_components, -1, -1).clone(),
-            "diagonal": torch.ones(num_components, data_dim),
-            "spherical": torch.ones(num_components, 1),
-        }
-        if covariance not in starts:
+        shapes = {"full": (data_dim, data_dim), "diagonal": (data_dim,), "spherical": (1,)}
+        if covariance not in shapes:
             raise ValueError(
-                f"GaussianMixture: expected covariance in {list(starts)}, got {covariance!r}. "
+                f"GaussianMixture: expected covariance in {list(shapes)}, got {covariance!r}. "
                 "Full covariances have D (D + 1) / 2 parameters per component."
             )
         super().__init__(name)
         self.data_dim, self.num_components, self.covariance = data_dim, num_components, covariance
-        self.weights = PyroParam(
-            torch.full((num_components,), 1 / num_components), constraints.simplex
-        )
-        self.locs = PyroParam(torch.randn(num_components, data_dim))
-        if covariance == "full":
-            self.scale = PyroParam(starts["full"], constraints.lower_cholesky)
-        else:
-            self.scale = PyroParam(starts[covariance], constraints.positive)
+        # Not PyroParams: those are read from the param store by name, so that a copy of the model
+        # would be evaluated with the parameters of the original. Zeros are equal weights and
+        # unit variances.
+        self.locs = nn.Parameter(torch.randn(num_components, data_dim))
+        self.raw_weights = nn.Parameter(torch.zeros(num_components))
+        self.raw_scale = nn.Parameter(torch.zeros(num_components, *shapes[covariance]))
 
     @staticmethod
     def from_fit(fit: GaussianMixtureFit, *, name: str | None = None) -> "GaussianMixture":
         """The model with the parameters of an EM fit (full covariances), in the default dtype."""
         num_components, data_dim = fit.locs.shape
         model = GaussianMixture(data_dim, num_components, name=name)
-        dtype = torch.get_default_dtype()
-        model.weights = fit.weights.to(dtype)
-        model.locs = fit.locs.to(dtype)
-        model.scale = torch.linalg.cholesky(fit.covariances).to(dtype)
+        model.weights, model.scale = fit.weights, torch.linalg.cholesky(fit.covariances)
+        model.locs.data.copy_(fit.locs)
         return model
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Probabilities of the components, ``(K,)``."""
+        return self.raw_weights.softmax(-1)
+
+    @weights.setter
+    def weights(self, value: torch.Tensor) -> None:
+        self.raw_weights.data.copy_(value.log())
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Cholesky factors ``(K, D, D)`` of full covariances, else standard deviations.
+
+        Those are ``(K, D)`` for diagonal and ``(K, 1)`` for spherical covariances.
+        """
+        scale: torch.Tensor = self._transform(self.raw_scale)
+        return scale
+
+    @scale.setter
+    def scale(self, value: torch.Tensor) -> None:
+        self.raw_scale.data.copy_(self._transform.inv(value))
+
+    @property
+    def _transform(self) -> Transform:
+        full = self.covariance == "full"
+        return transform_to(constraints.lower_cholesky if full else constraints.positive)
 
     def _components(self, z: torch.Tensor | slice) -> dist.TorchDistribution:
         locs, scale = self.locs[z], self.scale[z]
@@ -106,7 +119,7 @@ class GaussianMixture(Program):
         """log p(x, z) for every z: nats, ``(batch, K)``."""
         check_data("GaussianMixture", "x", x, (self.data_dim,))
         log_prob: torch.Tensor = self._components(slice(None)).log_prob(x.unsqueeze(-2))
-        return log_prob + self.weights.log()
+        return log_prob + self.raw_weights.log_softmax(-1)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Exact log p(x) of a batch ``(batch, D)``: nats, ``(batch,)``."""

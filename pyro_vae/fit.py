@@ -10,16 +10,15 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from pyro_vae.checks import check_at_least, explained
-from pyro_vae.fit_checks import Snapshot, check_trained, find_non_finite, look_at
+from pyro_vae.fit_checks import OBSERVED_DATA, Snapshot, check_trained, find_non_finite, look_at
 from pyro_vae.history import History
 from pyro_vae.isolation import evaluation_mode
 
 __all__ = ["fit"]
 
-_RESTORED = (
-    "Parameters are back at the start of this epoch, the optimizer's state is not: "
-    "try a smaller learning rate or gradient clipping."
-)
+_RESTORED = "Parameters are back at the start of this epoch, the optimizer's state is not."
+_DIVERGED = "Try a smaller learning rate or gradient clipping."
+_BAD_DATA = "Remove those rows, or mark the entries as unobserved with pyro.poutine.mask."
 
 
 class Steppable(Protocol):
@@ -131,7 +130,7 @@ class _Loop:
             snapshot.restore()
             raise FloatingPointError(
                 f"fit: expected finite parameters, got '{spoilt[0]}' with NaN or infinite values "
-                f"after step {self.num_steps}. {_RESTORED}"
+                f"after step {self.num_steps}. {_RESTORED} {_DIVERGED}"
             )
         return mean.value_of("batches")
 
@@ -145,7 +144,7 @@ class _Loop:
         if math.isfinite(loss):
             self.num_steps += 1
             if self.num_steps == 1:
-                check_trained(self.programs)
+                check_trained(self.programs, snapshot.graded)
             return loss
         # The update may have spoilt the parameters, then only the old ones show the origin.
         site = find_non_finite(self.programs, args)
@@ -153,9 +152,10 @@ class _Loop:
             raise failure
         snapshot.restore()
         site = find_non_finite(self.programs, args) or site
+        fix = _BAD_DATA if OBSERVED_DATA in site else _DIVERGED
         raise FloatingPointError(
             f"fit: expected a finite loss, got {loss} at step {self.num_steps + 1}{site}. "
-            f"{_RESTORED}"
+            f"{_RESTORED} {fix}"
         ) from failure
 
     def validate(self, batches: Iterable[Any]) -> float:
@@ -204,6 +204,11 @@ def _num_rows(args: tuple[Any, ...]) -> int:
         raise TypeError(
             f"fit: expected batches of tensors, got {type(args[0]).__name__ if args else 'none'}. "
             "Convert the data with torch.as_tensor."
+        )
+    if not len(tensors[0]):
+        raise ValueError(
+            "fit: expected at least one row of data in every batch, got an empty one of shape "
+            f"{tuple(tensors[0].shape)}. Leave empty batches out."
         )
     return len(tensors[0])
 

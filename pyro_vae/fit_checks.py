@@ -1,5 +1,6 @@
 """What :func:`pyro_vae.fit` looks at beside the loss: programs, names, non-finite numbers."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -10,10 +11,12 @@ import torch
 from pyro import poutine
 
 from pyro_vae.isolation import root_modules, without_side_effects
-from pyro_vae.traces import frames, is_observed, is_random, site_log_prob, sites_of, trace_pair
+from pyro_vae.pairs import trace_pair
+from pyro_vae.traces import frames, is_observed, is_random, site_log_prob, sites_of
 
-__all__ = ["Snapshot", "check_trained", "find_non_finite", "look_at"]
+__all__ = ["OBSERVED_DATA", "Snapshot", "check_trained", "find_non_finite", "look_at"]
 
+OBSERVED_DATA = "observed data"
 Programs = Sequence[Callable[..., Any]]
 
 
@@ -63,22 +66,38 @@ def _same_random_numbers_again() -> Iterator[None]:
             pyro.util.set_rng_state(state)
 
 
-def check_trained(programs: Programs) -> None:
-    """Raises if a module's parameter got a gradient but is not the one in the param store."""
+def check_trained(programs: Programs, graded: set[int]) -> None:
+    """Looks for modules that a step should have trained and did not.
+
+    Args:
+        programs: Model and guide.
+        graded: Ids of the parameters that had a gradient before the step.
+
+    Raises:
+        ValueError: If a parameter of a ``PyroModule`` got a gradient but is not the one in the
+            param store. A plain module may be left out on purpose, so that is a warning.
+    """
     if pyro.settings.get("module_local_params"):
         return
     trained = {id(tensor) for _, tensor in pyro.get_param_store().named_parameters()}
     for root in (root for program in programs for root in root_modules(program)):
-        if not isinstance(root, pyro.nn.PyroModule):
-            continue
         for name, parameter in root.named_parameters():
-            if parameter.grad is not None and id(parameter) not in trained:
+            if parameter.grad is None or id(parameter) in trained or id(parameter) in graded:
+                continue
+            what = f"every parameter of {type(root).__name__} to be trained, got '{name}'"
+            if isinstance(root, pyro.nn.PyroModule):
                 raise ValueError(
-                    f"fit: expected every parameter of {type(root).__name__} to be trained, "
-                    f"got '{name}' whose name in Pyro's param store belongs to another module. "
-                    "Give the modules different names, or call pyro.clear_param_store() before "
-                    "making a second model."
+                    f"fit: expected {what} whose name in Pyro's param store belongs to another "
+                    "module. Give the modules different names, or call pyro.clear_param_store() "
+                    "before training a second model or a copy."
                 )
+            warnings.warn(
+                f"fit: expected {what} that gets a gradient and is not in Pyro's param store. "
+                "Register the module with pyro.module under a name of its own, or set "
+                "requires_grad_(False) if it is meant to stay as it is.",
+                stacklevel=4,
+            )
+            break
 
 
 def find_non_finite(programs: Programs, args: Any) -> str:
@@ -96,25 +115,33 @@ def find_non_finite(programs: Programs, args: Any) -> str:
 
 
 def _first_non_finite(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> str:
+    for name, site in sites_of(model_trace, is_observed).items():
+        if not torch.as_tensor(site["value"]).isfinite().all():
+            return f", with non-finite {OBSERVED_DATA} at site '{name}' of the model"
     for role, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in sites_of(trace, is_random).items():
             if not torch.as_tensor(site["value"]).isfinite().all():
-                what = "observed data" if site["is_observed"] else "sampled values"
-                return f", with non-finite {what} at site '{name}' of the {role}"
+                return f", with non-finite sampled values at site '{name}' of the {role}"
             if not site_log_prob(site).isfinite().all():
                 return f", with a non-finite log-density at site '{name}' of the {role}"
     return ""
 
 
 class Snapshot:
-    """A copy of all parameters and buffers, to go back to when an update has spoilt them."""
+    """A copy of all parameters and buffers, to go back to when an update has spoilt them.
+
+    Attributes:
+        graded: Ids of the parameters that had a gradient already.
+    """
 
     def __init__(self, programs: Programs) -> None:
         self._stored = {name: (t, t.detach().clone()) for name, t in _stored().items()}
         in_store = {id(tensor) for tensor, _ in self._stored.values()}
+        owned = list(_owned(programs))
+        self.graded = {id(tensor) for _, tensor in owned if tensor.grad is not None}
         self._owned = [
             (name, tensor, tensor.detach().clone())
-            for name, tensor in _owned(programs)
+            for name, tensor in owned
             if id(tensor) not in in_store
         ]
 

@@ -12,16 +12,8 @@ from torch.distributions import Independent
 from pyro_vae.checks import check_at_least, refuse_subsampling
 from pyro_vae.evaluation.draws import Draws
 from pyro_vae.isolation import without_side_effects
-from pyro_vae.traces import (
-    DataPlates,
-    Pair,
-    Site,
-    data_plates,
-    frames,
-    is_random,
-    sites_of,
-    trace_pair,
-)
+from pyro_vae.pairs import Pair, data_plates, trace_pair
+from pyro_vae.traces import DataPlates, Site, frames, is_random, sites_of
 
 __all__ = ["to_inference_data"]
 
@@ -51,7 +43,9 @@ def to_inference_data(
     - ``posterior_predictive``, ``prior_predictive``: the observed sites, all of them drawn anew.
     - ``log_likelihood``: :math:`\log p(x_i \mid z_i)` of every datum i, draw and observed site
       in nats, all latents in ``posterior`` given. Masks are kept, scales (beta) are ignored.
-      ``pyro.factor`` sites are here but in no predictive group.
+      ``pyro.factor`` sites are here but in no predictive group. With latents of its own each
+      datum is predicted from a code that saw it, so ``arviz.loo`` corrects for that by importance
+      sampling and warns, by its Pareto-k, where it cannot.
     - ``observed_data``: the observed values, NaN where a mask says "not observed".
 
     Dimensions are ``chain`` (of size 1) and ``draw``, the data plate, any other plates of the

@@ -1,8 +1,10 @@
 """Running a user's programs without a trace: modes, gradients and the param store are kept."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
+from inspect import getclosurevars
+from types import FunctionType, MethodType
 from typing import Any
 
 import pyro
@@ -18,18 +20,48 @@ class Evaluating(Messenger):
     """Tells the handlers of training that their weights do not count."""
 
 
-def root_modules(program: Callable[..., Any]) -> Iterator[nn.Module]:
-    """Modules that can be seen from outside: the program, what it wraps, what it is bound to."""
-    if isinstance(program, nn.Module):
-        yield program
-    elif isinstance(program, partial):
-        # Pyro's handlers are partials of (handler, program), shown twice: outside and in `func`.
-        nested = isinstance(program.func, partial)
-        for part in (program.func,) if nested else (program.func, *program.args):
-            if callable(part):
-                yield from root_modules(part)
-    elif isinstance(getattr(program, "__self__", None), nn.Module):
-        yield program.__self__  # type: ignore[attr-defined]
+def root_modules(program: Any) -> Iterator[nn.Module]:
+    """Modules that can be seen from outside a program.
+
+    They are the program itself, what it wraps or is bound to, and what a plain function names:
+    in its closure, its globals, or functions beside it that it calls.
+    """
+    yield from _reachable(program, set())
+
+
+def _reachable(part: Any, seen: set[int]) -> Iterator[nn.Module]:
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    if isinstance(part, nn.Module):
+        yield part
+        return
+    inner: list[Any] = []
+    if isinstance(part, partial):  # Pyro's handlers are partials of (handler, program).
+        inner = [part.func, *part.args, *part.keywords.values()]
+    elif isinstance(part, MethodType):
+        inner = [part.__self__, part.__func__]
+    elif isinstance(part, FunctionType):
+        with suppress(ValueError):  # A name in the closure may have no value yet.
+            inner = _named_by(part)
+    elif isinstance(part, Mapping):
+        inner = list(part.values())
+    elif isinstance(part, list | tuple):
+        inner = list(part)
+    for other in inner:
+        yield from _reachable(other, seen)
+
+
+def _named_by(function: FunctionType) -> list[Any]:
+    """What a function names that may lead to a module: libraries' functions do not."""
+    named = getclosurevars(function)
+    values = [*named.nonlocals.values(), *named.globals.values()]
+    return [
+        value
+        for value in values
+        if isinstance(value, nn.Module | partial | MethodType | Mapping | list | tuple)
+        or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
+    ]
 
 
 @contextmanager

@@ -82,11 +82,11 @@ def decode(
 def reconstruct(
     model: Program, guide: Program, *args: Any, site: str | None = None, **kwargs: Any
 ) -> torch.Tensor:
-    """Mean of the data given one code from the guide: ``(batch, *event)``.
+    """Mean of the data (of classes: the mode) given one code from the guide: ``(batch, *event)``.
 
     The code of each latent is the mean of its distribution where that exists, else a sample.
     """
-    return decode(model, _codes(guide, *args, **kwargs), *args, site=site, **kwargs).mean
+    return _expected(decode(model, _codes(guide, *args, **kwargs), *args, site=site, **kwargs))
 
 
 def generate(
@@ -110,7 +110,7 @@ def generate(
     with without_side_effects(model):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
         fn = _one(trace, is_observed, site, "generate")["fn"]
-        drawn: torch.Tensor = fn.mean if mean else fn.sample()
+        drawn: torch.Tensor = _expected(fn) if mean else fn.sample()
     return drawn
 
 
@@ -151,7 +151,7 @@ def interpolate(
     first, last = codes[name], _codes(guide, end)[name]
     weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
     return torch.stack(
-        [decode(model, {**codes, name: first.lerp(last, w)}, start).mean for w in weights]
+        [_expected(decode(model, {**codes, name: first.lerp(last, w)}, start)) for w in weights]
     )
 
 
@@ -180,12 +180,17 @@ def traverse(
     codes = _codes(guide, x)
     name = _choose(codes, site, "traverse")
     code = codes[name]
-    rows = []
-    for dim in range(code.shape[-1]) if dims is None else dims:
+    width, rows = code.shape[-1], []
+    if not all(-width <= dim < width for dim in dims or ()):
+        raise ValueError(
+            f"traverse: expected dims in 0 ... {width - 1}, got {list(dims or ())}. "
+            f"Site '{name}' has {width} coordinates."
+        )
+    for dim in range(width) if dims is None else dims:
         moved = [
             code.index_fill(-1, torch.tensor([dim], device=code.device), float(v)) for v in values
         ]
-        rows.append(torch.stack([decode(model, {**codes, name: z}, x).mean for z in moved]))
+        rows.append(torch.stack([_expected(decode(model, {**codes, name: z}, x)) for z in moved]))
     return torch.stack(rows)
 
 
@@ -218,6 +223,12 @@ def _choose(names: Collection[str], site: str | None, where: str) -> str:
             "Name the site you mean with site=..."
         )
     return site
+
+
+def _expected(fn: TorchDistribution) -> torch.Tensor:
+    """The mean of the data, or the mode where there is no mean, as for classes."""
+    mean: torch.Tensor = fn.mean
+    return fn.mode if mean.isnan().any() else mean
 
 
 def _center(fn: TorchDistribution, value: torch.Tensor) -> torch.Tensor:

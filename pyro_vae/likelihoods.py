@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+from pyro_vae.distributions import LogPoisson, StableContinuousBernoulli
+
 __all__ = [
     "Bernoulli",
     "Categorical",
@@ -57,7 +59,7 @@ class ContinuousBernoulli(_Likelihood):
 
     def forward(self, output: torch.Tensor) -> dist.TorchDistribution:
         """Maps logits ``(*sample, batch, *event)`` to a distribution."""
-        return dist.ContinuousBernoulli(logits=output).to_event(self.event_dim)
+        return StableContinuousBernoulli(logits=output).to_event(self.event_dim)
 
 
 class Normal(_Likelihood):
@@ -153,7 +155,7 @@ class Poisson(_Likelihood):
 
     def forward(self, output: torch.Tensor) -> dist.TorchDistribution:
         """Maps log-rates ``(*sample, batch, *event)`` to a distribution."""
-        return dist.Poisson(output.exp()).to_event(self.event_dim)
+        return LogPoisson(output).to_event(self.event_dim)
 
 
 class NegativeBinomial(_Likelihood):

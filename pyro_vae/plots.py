@@ -48,13 +48,15 @@ def plot_history(histories: "Mapping[str, History]", ax: "Axes | None" = None) -
     ax = _axes(ax)
     for index, (label, history) in enumerate(histories.items()):
         color, epochs = f"C{index}", range(1, len(history.loss) + 1)
+        marker = "o" if len(history.loss) == 1 else None  # A line needs two points.
         if not history.validation_loss:
-            ax.plot(epochs, history.loss, color=color, label=label or None)
+            ax.plot(epochs, history.loss, marker=marker, color=color, label=label or None)
             continue
         # With several runs their names fill the legend, so its title explains the dashes.
-        ax.plot(epochs, history.loss, "--", color=color, label=None if label else "training")
-        held_out = history.validation_loss
-        ax.plot(epochs[: len(held_out)], held_out, color=color, label=label or "held out")
+        name = None if label else "training"
+        ax.plot(epochs, history.loss, "--", marker=marker, color=color, label=name)
+        name, held_out = label or "held out", history.validation_loss
+        ax.plot(epochs[: len(held_out)], held_out, marker=marker, color=color, label=name)
     curves = [c for h in histories.values() for c in (h.loss, h.validation_loss)]
     losses = [v for curve in curves for v in curve[len(curve) // 20 :] if math.isfinite(v)]
     if losses:  # The first epochs would flatten everything else.

@@ -1,6 +1,8 @@
 """The common root of the library's models and guides."""
 
 from collections import Counter
+from copy import deepcopy
+from typing import Any, Self
 
 from pyro.nn import PyroModule
 
@@ -14,16 +16,29 @@ class Program(PyroModule):
 
     The param store is global and a root ``PyroModule`` has no name: of two models in one script
     that both have a ``decoder``, the second would silently never be trained. Here the first VAE
-    is "VAE", the second "VAE_2" and so on, the same in every run of a script.
+    is "VAE", the second "VAE_2" and so on, the same in every run of a script; a copy counts as
+    another one.
 
     Args:
         name: Name in the param store; by default the class name and a running number.
     """
 
     def __init__(self, name: str | None = None) -> None:
-        if name is None:
-            name = type(self).__name__
-            _created[name] += 1
-            if _created[name] > 1:
-                name = f"{name}_{_created[name]}"
-        super().__init__(name)
+        super().__init__(name or _new_name(type(self).__name__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        for key, value in self.__dict__.items():
+            copy.__dict__[key] = deepcopy(value, memo)
+        old, new = self._pyro_name, _new_name(type(self).__name__)
+        for module in copy.modules():
+            if isinstance(module, PyroModule) and "." not in old:  # Else part of another module.
+                module._pyro_name = new + module._pyro_name.removeprefix(old)
+        return copy
+
+
+def _new_name(class_name: str) -> str:
+    _created[class_name] += 1
+    number = _created[class_name]
+    return class_name if number == 1 else f"{class_name}_{number}"

@@ -1,5 +1,6 @@
 """The training loop: what it computes, what it takes, what it says when something is wrong."""
 
+import copy
 import math
 import random
 import re
@@ -358,8 +359,7 @@ def test_enumerated_mixture_with_an_empty_guide_reaches_em() -> None:
     x = centres[torch.arange(80) % 2] + torch.randn(80, 2)
     best = float(gaussian_mixture_em(x, 2).log_likelihoods[-1])
     model = GaussianMixture(2, 2)
-    with torch.no_grad():
-        model.locs = centres + 1.0
+    model.locs.data = centres + 1.0
     svi = SVI(model, no_latents, adam(0.05), TraceEnum_ELBO(max_plate_nesting=1))
     history = fit(svi, [x], 300, progress=False)
     assert -history.loss[-1] == pytest.approx(best, abs=1e-2)
@@ -722,7 +722,10 @@ BAD_BATCHES: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "inf": (lambda: with_entry(-math.inf), ".*expected finite data.* got 0 NaN and 1 infinite"),
     "rank": (lambda: torch.zeros(DATA_DIM), r".*: expected .*, got .*\(3,\)"),
     "width": (lambda: torch.zeros(4, DATA_DIM + 2), r".*: expected .*\b3\b.*, got .*\(4, 5\)"),
-    "empty": (lambda: torch.zeros(0, DATA_DIM), "fit: expected at least one row of data, got an"),
+    "empty": (
+        lambda: torch.zeros(0, DATA_DIM),
+        "fit: expected at least one row of data in every",
+    ),
 }
 
 
@@ -839,3 +842,48 @@ def test_programs_are_found_by_name_only() -> None:
     """An object whose model is no program is still an object with a step."""
     svi = SimpleNamespace(model="linear", guide=None, step=lambda x: 3.0, evaluate_loss=None)
     assert fit(svi, [torch.zeros(3, 1)], 1, progress=False).loss == [1.0]
+
+
+def test_an_empty_batch_later_on() -> None:
+    svi = SVI(*linear_pair(), adam(), Trace_ELBO())
+    with pytest.raises(ValueError, match=r"row of data in every batch, got an empty one of shape"):
+        fit(svi, [torch.randn(4, DATA_DIM), torch.zeros(0, DATA_DIM)], 1, progress=False)
+
+
+def test_bad_data_in_a_later_batch_are_named_before_what_they_spoil() -> None:
+    bad = torch.randn(4, DATA_DIM)
+    bad[1, 2] = torch.nan
+    svi = SVI(*linear_pair(), adam(), Trace_ELBO())
+    with pytest.raises(FloatingPointError, match="observed data at site 'x'.*Remove those rows"):
+        fit(svi, [torch.randn(4, DATA_DIM), bad], 1, progress=False)
+
+
+def test_a_module_that_is_not_registered_is_warned_about() -> None:
+    net = nn.Linear(2, DATA_DIM)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    x = torch.randn(4, DATA_DIM)
+    with pytest.warns(UserWarning, match="got 'weight' that gets a gradient and is not in Pyro's"):
+        fit(SVI(model, guide, adam(), Trace_ELBO()), [x], 1, progress=False)
+
+    net.requires_grad_(False)
+    fit(SVI(model, guide, adam(), Trace_ELBO()), [x], 1, progress=False)
+
+
+def test_a_copy_of_a_model_trains_beside_the_original() -> None:
+    model, guide = linear_pair()
+    fit(SVI(model, guide, adam(), Trace_ELBO()), [torch.randn(4, DATA_DIM)], 1, progress=False)
+    copied = copy.deepcopy(model)
+    before = copied.weight.detach().clone()
+    other = linear_pair()[1]
+    fit(SVI(copied, other, adam(), Trace_ELBO()), [torch.randn(4, DATA_DIM)], 1, progress=False)
+    assert not copied.weight.equal(before)

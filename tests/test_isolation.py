@@ -145,5 +145,14 @@ def test_root_modules() -> None:
     assert list(root_modules(scale_kl(partial(with_net, net), 2.0))) == [net]
     assert list(root_modules(poutine.mask(scale_kl(net, 2.0), mask=True))) == [net]
     assert list(root_modules(partial(print, other, 3))) == [other]
-    assert list(root_modules(lambda x: net(x))) == []
+    assert list(root_modules(lambda x: net(x))) == [net]
+    assert list(root_modules(lambda x: net.guide(x))) == [net]
+    nets = {"a": net, "b": [other]}
+    assert list(root_modules(lambda x: nets["a"](x))) == [net, other]
+
+    def helper(x: torch.Tensor) -> torch.Tensor:
+        return other(x)
+
+    assert list(root_modules(lambda x: helper(x))) == [other]
+    assert list(root_modules(lambda x: not_defined_yet(x))) == []  # noqa: F821
     assert list(root_modules([].append)) == []

@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_vae import latents
 from pyro_vae.guides import AmortizedNormal, ExactGaussianMixture, ExactLinearGaussian
-from pyro_vae.likelihoods import Bernoulli, Normal
+from pyro_vae.likelihoods import Bernoulli, Categorical, Normal
 from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
 from pyro_vae.nets import MLP
 from pyro_vae.priors import StandardNormalPrior
@@ -186,8 +186,7 @@ def test_latents_left_out_are_drawn() -> None:
 
 def test_discrete_latent() -> None:
     model = GaussianMixture(2, 2)
-    with torch.no_grad():
-        model.locs = torch.tensor([[-9.0, 0.0], [9.0, 0.0]])
+    model.locs.data = torch.tensor([[-9.0, 0.0], [9.0, 0.0]])
     guide = ExactGaussianMixture(model)
     x = torch.tensor([[-8.0, 0.0], [8.0, 1.0]])
     assert latents.encode(guide, x).probs.argmax(-1).tolist() == [0, 1]
@@ -283,3 +282,19 @@ def test_interpolate_needs_pairs_and_two_steps() -> None:
         latents.interpolate(model, guide, x, x[:2])
     with pytest.raises(ValueError, match=message + r"\(3, 5\), \(3, 5\) and 1"):
         latents.interpolate(model, guide, x, x, num_steps=1)
+
+
+def test_classes_are_reconstructed_by_their_mode() -> None:
+    model = VAE(MLP(2, [], 3 * 4), Categorical(), StandardNormalPrior(2))
+    model.decoder = nn.Sequential(model.decoder, nn.Unflatten(-1, (3, 4)))
+    guide = AmortizedNormal(MLP(3, [], 4))
+    x = torch.zeros(5, 3)
+    logits = model.decoder(guide.encoder(x).mean)
+    assert latents.reconstruct(model, guide, x).equal(logits.argmax(-1))
+    assert latents.generate(model, x).shape == (5, 3)
+
+
+def test_traverse_refuses_a_coordinate_that_is_not_there() -> None:
+    model = LinearGaussian(3, 2)
+    with pytest.raises(ValueError, match="traverse: expected dims in 0 ... 1, got"):
+        latents.traverse(model, ExactLinearGaussian(model), torch.zeros(5, 3), dims=[2])

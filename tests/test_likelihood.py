@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch import nn
 from torch.distributions.transforms import AffineTransform, ExpTransform
 
@@ -1557,13 +1557,13 @@ def test_plates_of_model_and_guide_disagree() -> None:
             fn = dist.MultivariateNormal(loc.unsqueeze(1), scale_tril=scale_tril.unsqueeze(1))
             pyro.sample("z", fn)
 
-    with pytest.raises(ValueError, match="expected every batch dimension of site 'x'"):
+    with pytest.raises(ValueError, match=r"sample site 'z' with shape \(5, 2\) .* got \(5, 1, 2\)"):
         log_likelihood(linear_model, guide, rows())
 
     def shorter(x: torch.Tensor) -> None:
         exact_guide(x[:1])
 
-    with pytest.raises(ValueError, match="of the same size in model and guide, got 5 and 1"):
+    with pytest.raises(ValueError, match=r"sample site 'z' with shape \(5, 2\) .* got \(1, 2\)"):
         log_likelihood(linear_model, shorter, rows())
 
 
@@ -1727,3 +1727,100 @@ def test_cat_refuses_what_cannot_be_compared() -> None:
         LogLikelihoodEstimate.cat([first, estimate_of([-1.0], [0.1], num=51)])
     with pytest.raises(ValueError, match="cat: expected at least one estimate, got none"):
         LogLikelihoodEstimate.cat([])
+
+
+# Both sides of a latent.
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_guide_of_another_width(width: int) -> None:
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :width], 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=rf"site 'z' with shape \(5, 2\) .* got \(5, {width}\)"):
+        log_likelihood(linear_model, guide, rows())
+
+
+def test_a_guide_that_shares_a_code_between_rows() -> None:
+    def guide(x: torch.Tensor) -> None:
+        pyro.sample("z", prior())
+
+    with pytest.raises(ValueError, match=r"site 'z' with shape \(5, 2\) .* got \(2,\)"):
+        log_likelihood(linear_model, guide, rows())
+
+
+def test_a_latent_masked_on_one_side() -> None:
+    mask = torch.tensor([True, False, True, True, True])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=mask):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.Normal(z @ loadings().T, NOISE).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="same mask on latent site 'z' in model and guide"):
+        log_likelihood(model, exact_guide, rows())
+    estimate = log_likelihood(model, pyro.poutine.mask(exact_guide, mask=mask), rows())
+    expected = exact(rows()).masked_fill(~mask, 0.0)
+    torch.testing.assert_close(estimate.log_likelihood, expected)
+
+
+def test_a_transformed_site_on_both_sides() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            twice = pyro.sample("twice", dist.Delta(2 * z, event_dim=1))
+            pyro.sample("x", dist.Normal(twice / 2 @ loadings().T, NOISE).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        loc, scale_tril = posterior(x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=scale_tril))
+            pyro.sample("twice", dist.Delta(2 * z, event_dim=1))
+
+    estimate = log_likelihood(model, guide, rows(), num_particles=9)
+    torch.testing.assert_close(estimate.log_likelihood, exact(rows()))
+
+
+def test_two_plates_of_one_dimension() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("first", len(x)):
+            z = pyro.sample("z", prior())
+        with pyro.plate("second", len(x)):
+            pyro.sample("x", dist.Normal(z @ loadings().T, NOISE).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("first", len(x)):
+            pyro.sample("z", prior())
+
+    with pytest.raises(ValueError, match="stands in a plate of its own, '.*': use one plate"):
+        log_likelihood(model, guide, rows())
+
+
+def test_an_autoguide_that_couples_the_rows() -> None:
+    guide = AutoDiagonalNormal(linear_model)
+    with pytest.raises(ValueError, match="couples all rows: use an amortized guide, or AutoNormal"):
+        log_likelihood(linear_model, guide, rows())
+
+
+def test_a_module_used_through_another_method_is_in_eval_mode() -> None:
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes: list[bool] = []
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            self.modes.append(self.training)
+            return posterior(x)[0]
+
+    encoder = Encoder()
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            scale_tril = posterior(x)[1]
+            pyro.sample("z", dist.MultivariateNormal(encoder.encode(x), scale_tril=scale_tril))
+
+    log_likelihood(linear_model, lambda x: guide(x), rows())
+    assert encoder.modes
+    assert not any(encoder.modes)
+    assert encoder.training

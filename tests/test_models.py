@@ -1,5 +1,6 @@
 """The public models keep the contracts; what is their own is tested below."""
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -315,3 +316,15 @@ def test_mixture_bad_arguments() -> None:
     for method in (model, model.log_prob, model.posterior):
         with pytest.raises(ValueError, match=r"expected x of shape \(batch, 3\), got \(5, 4\)"):
             method(normal_x(5))
+
+
+def test_a_copy_of_a_mixture_is_evaluated_with_its_own_parameters() -> None:
+    model = GaussianMixture(4, 3)
+    x = torch.randn(5, 4)
+    model(x)  # Its parameters are in the param store.
+    best = copy.deepcopy(model)
+    before = best.log_prob(x).detach()
+    model.locs.data += 3.0
+    estimate = importance_weighted_log_likelihood(best, lambda x: None, x, num_particles=2)
+    torch.testing.assert_close(estimate.log_likelihood, before)
+    torch.testing.assert_close(best.log_prob(x), before)

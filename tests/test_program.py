@@ -1,10 +1,12 @@
 """Names of the library's programs in Pyro's param store."""
 
+import copy
 from collections import Counter
 
 import pyro
 import pytest
 import torch
+from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_vae.program
@@ -50,3 +52,32 @@ def test_each_has_its_own_parameter() -> None:
 def test_a_name_of_ones_own_does_not_count() -> None:
     names = store_names(Made("mine"), Made())
     assert names == ["mine.loc", "Made.loc"]
+
+
+def test_a_copy_has_a_name_of_its_own_and_trains_alone() -> None:
+    first = Made()
+    first()  # Its name is in the param store.
+    second = copy.deepcopy(first)
+    assert second._pyro_name == "Made_2"
+    second()
+    store = pyro.get_param_store()
+    assert store["Made.loc"] is not store["Made_2.loc"]
+    assert dict(store.named_parameters())["Made_2.loc"] is second.loc
+
+
+def test_parts_of_a_copy_follow_its_name() -> None:
+    class Whole(Program):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = PyroModule()
+            self.part.loc = nn.Parameter(torch.zeros(()))
+
+        def forward(self) -> torch.Tensor:
+            return self.part.loc
+
+    whole = Whole()
+    whole()
+    copied = copy.deepcopy(whole)
+    copied()
+    assert set(pyro.get_param_store()) == {"Whole.part.loc", "Whole_2.part.loc"}
+    assert copied.part is not whole.part

@@ -9,7 +9,8 @@ from pyro_vae.evaluation.estimate import LogLikelihoodEstimate
 from pyro_vae.evaluation.particles import Particles
 from pyro_vae.evaluation.weights import LogWeightSums
 from pyro_vae.isolation import without_side_effects
-from pyro_vae.traces import Pair, data_plates, is_point_mass, trace_pair
+from pyro_vae.pairs import Pair, data_plates, trace_pair
+from pyro_vae.traces import is_point_mass
 
 __all__ = ["importance_weighted_log_likelihood"]
 
@@ -109,7 +110,8 @@ def _refuse_point_mass(pair: Pair, where: str) -> None:
     if any(site["infer"].get("is_auxiliary") for site in sites.values()):
         return  # A transformed auxiliary variable: the Delta carries its Jacobian.
     for name, site in sites.items():
-        if is_point_mass(site["fn"]):
+        # A point mass on both sides is a transformation of other latents, not a latent.
+        if is_point_mass(site["fn"]) and not is_point_mass(pair.model_trace.nodes[name]["fn"]):
             raise ValueError(
                 f"{where}: expected a guide with a density, got a point mass (Delta) at site "
                 f"'{name}'. Use a distribution with the support of the posterior."

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.evaluation.vectorised import Values, VectorisedProgram
+from pyro_vae.pairs import Pair
 from pyro_vae.traces import (
     DataPlates,
-    Pair,
     is_latent,
     is_observed,
     is_random,

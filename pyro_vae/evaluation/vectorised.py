@@ -262,7 +262,8 @@ class VectorisedProgram:
         if isinstance(err, OutsideSupportError):
             raise err
         self._broadcasts = False
-        what = f"raised {type(err).__name__}: {err}" if err else "gave other log-densities"
+        reason = str(err).splitlines()[0] if str(err or "") else ""
+        what = f"raised {type(err).__name__}: {reason}" if err else "gave other log-densities"
         warnings.warn(
             f"{self._where}: the {self._role} does not broadcast over particles (with a leading "
             f"particle dimension it {what}), so particles run one at a time: the same numbers, "

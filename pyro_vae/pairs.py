@@ -1,0 +1,206 @@
+"""One execution of a model and its guide, checked: that they belong together and fit the data."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_vae.checks import check_arguments, check_observations, explained
+from pyro_vae.traces import (
+    DataPlates,
+    Site,
+    frames,
+    is_latent,
+    is_observed,
+    is_random,
+    sites_of,
+)
+
+__all__ = ["Pair", "data_plates", "trace_pair"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One execution of guide and model, checked.
+
+    Attributes:
+        guide_trace: Trace of the guide.
+        model_trace: Trace of the model, replayed on the guide's values.
+        enumerated: Names of the model's discrete latents that the guide leaves out.
+    """
+
+    guide_trace: poutine.Trace
+    model_trace: poutine.Trace
+    enumerated: tuple[str, ...]
+
+    @property
+    def guide_sites(self) -> dict[str, Site]:
+        """The guide's random sites, auxiliary ones too."""
+        return sites_of(self.guide_trace, is_latent)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data and latents live."""
+        sites = sites_of(self.model_trace, is_random).values()
+        values = [s["value"] for s in sites if isinstance(s["value"], torch.Tensor)]
+        return values[0].device if values else torch.device("cpu")
+
+    @property
+    def max_plate_nesting(self) -> int:
+        """How many dimensions the plates of model and guide take."""
+        traces = (self.guide_trace, self.model_trace)
+        nodes = [site for trace in traces for site in trace.nodes.values()]
+        dims = [-f.dim for site in nodes if site["type"] == "sample" for f in frames(site)]
+        return max(dims, default=0)
+
+
+def trace_pair(model: Any, guide: Any, args: Any, kwargs: Any, where: str) -> Pair:
+    """Runs guide and model once and checks that they belong together and fit the data.
+
+    Args:
+        model: Any callable with Pyro statements.
+        guide: Any callable with the same signature.
+        args: Their positional arguments.
+        kwargs: Their keyword arguments.
+        where: The function that asks, for the messages.
+
+    Raises:
+        ValueError: An empty batch; data that are not finite or outside the support; a shape
+            that does not fit its plate; latents on one side only.
+    """
+    check_arguments(where, (args, kwargs))
+    with explained(where, (args, kwargs)):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        latents = guide_trace.copy()
+        for name in sites_of(guide_trace, site_is_subsample):
+            latents.remove_node(name)  # Each side has its own plates, to be compared later.
+        replayed = poutine.replay(model, trace=latents)
+        try:
+            with _CompareShapes(set(latents.nodes), where):
+                model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        except _ShapeMismatch as err:
+            raise ValueError(str(err)) from None
+    for trace in (guide_trace, model_trace):
+        for name, site in sites_of(trace, is_random).items():
+            _check_batch_shape(name, site, where)
+    enumerated = _check_latents(guide_trace, model_trace, where)
+    check_observations(where, sites_of(model_trace, is_observed))
+    return Pair(guide_trace, model_trace, enumerated)
+
+
+def data_plates(pair: Pair, where: str) -> DataPlates:
+    """Finds the plates common to all random sites of a model and its guide.
+
+    Raises:
+        ValueError: If a site lies outside, or if the two disagree about plates or masks.
+    """
+    _check_masks(pair, where)
+    plates = DataPlates.of(sites_of(pair.model_trace, is_random), where)
+    if not pair.guide_sites:
+        return plates
+    # Plates of model and guide need not share names: they are matched by dimension.
+    of_guide = DataPlates.of(pair.guide_sites, where)
+    common = [i for i, dim in enumerate(plates.dims) if dim in of_guide.dims]
+    if not common:
+        raise ValueError(
+            f"{where}: expected model and guide to share a data plate, got dimension "
+            f"{plates.dims} in the model and {of_guide.dims} in the guide. "
+            "Give both plates the same dim."
+        )
+    return DataPlates(
+        names=tuple(plates.names[i] for i in common),
+        dims=tuple(plates.dims[i] for i in common),
+        sizes=tuple(plates.sizes[i] for i in common),
+    )
+
+
+def _check_latents(guide: poutine.Trace, model: poutine.Trace, where: str) -> tuple[str, ...]:
+    """Compares the latents of both sides; returns those to be summed out in the model."""
+    in_guide, in_model = sites_of(guide, is_latent), sites_of(model, is_latent)
+    extra = [
+        name
+        for name, site in in_guide.items()
+        if name not in in_model and not site["infer"].get("is_auxiliary")
+    ]
+    if extra:
+        raise ValueError(
+            f"{where}: expected the guide to sample the model's latents {list(in_model)}, got "
+            f"site '{extra[0]}' that the model does not have. Rename it, or mark it "
+            "infer={'is_auxiliary': True} if it is transformed into a latent."
+        )
+    missing = [name for name in in_model if name not in in_guide]
+    for name in missing:
+        if not getattr(in_model[name]["fn"], "has_enumerate_support", False):
+            raise ValueError(
+                f"{where}: expected the guide to sample every latent of the model, got no site "
+                f"'{name}' in the guide. Add pyro.sample('{name}', ...) to the guide."
+            )
+    if not sites_of(model, is_observed):
+        raise ValueError(
+            f"{where}: expected the model to observe data, got no observed site. "
+            "Pass obs=x to pyro.sample, or use pyro.poutine.condition."
+        )
+    return tuple(missing)
+
+
+class _ShapeMismatch(Exception):
+    """Not a ``ValueError``: to those a trace appends a table of all shapes."""
+
+
+class _CompareShapes(Messenger):
+    """Compares the guide's values with the model's sites before the model computes with them.
+
+    Broadcasting would hide a code that is too narrow, or shared by rows that the model separates.
+    """
+
+    def __init__(self, names: set[str], where: str) -> None:
+        super().__init__()
+        self._names, self._where = names, where
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] not in self._names or not is_latent(msg):
+            return
+        event_shape = tuple(msg["fn"].event_shape)
+        nesting = max([len(msg["fn"].batch_shape), *(-f.dim for f in frames(msg))])
+        batch_shape = [1] * nesting
+        for frame in frames(msg):
+            batch_shape[frame.dim] = frame.size
+        actual = tuple(msg["value"].shape)
+        wanted = (*batch_shape, *event_shape)
+        if (1,) * (len(wanted) - len(actual)) + actual != wanted:
+            raise _ShapeMismatch(
+                f"{self._where}: expected the guide to sample site '{msg['name']}' with shape "
+                f"{wanted} as the model does, got {actual}. Give the guide's distribution the "
+                f"plates and the event shape {event_shape} of the model's."
+            )
+
+
+def _check_masks(pair: Pair, where: str) -> None:
+    """A latent masked on one side only would leave a density without its counterpart."""
+    model_sites = sites_of(pair.model_trace, is_latent)
+    for name, site in pair.guide_sites.items():
+        if name not in model_sites:
+            continue
+        masks = [True if s["mask"] is None else s["mask"] for s in (model_sites[name], site)]
+        first, second = torch.broadcast_tensors(*(torch.as_tensor(m).cpu() for m in masks))
+        if not first.equal(second):
+            raise ValueError(
+                f"{where}: expected the same mask on latent site '{name}' in model and guide, got "
+                "different ones, so that its two densities do not cancel. Mask both sides alike."
+            )
+
+
+def _check_batch_shape(name: str, site: Site, where: str) -> None:
+    """Every batch dimension must belong to a plate, whether validation is on or not."""
+    plated = {f.dim for f in frames(site)}
+    shape = site["fn"].batch_shape
+    for dim in range(-len(shape), 0):
+        if shape[dim] != 1 and dim not in plated:
+            raise ValueError(
+                f"{where}: expected every batch dimension of site '{name}' to be a plate, got "
+                f"batch shape {tuple(shape)} where dimension {dim} has no plate. Was "
+                f"`.to_event(1)` forgotten? It declares the dimensions of one datum."
+            )
