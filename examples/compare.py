@@ -222,7 +222,7 @@ def draw(args: Args, fits: Any, pairs: Any, histories: Any, data: Any) -> None:
 
     _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     plots.plot_history(histories, ax=left)
-    left.set_title("of the warm-up row: beta-weighted while beta rises", fontsize="small")
+    left.set_title("the warm-up's loss is beta-weighted until beta = 1", fontsize="small")
     plots.plot_em(curves, {"pPCA, closed form": best}, ax=right)
     save("training")
 
