@@ -42,6 +42,12 @@ class Pair:
         return sites_of(self.guide_trace, is_latent)
 
     @property
+    def latent_shapes(self) -> dict[str, torch.Size]:
+        """The shape of every latent, of both programs, where its author drew it."""
+        traces = (self.model_trace, self.guide_trace)
+        return {n: s["value"].shape for t in traces for n, s in sites_of(t, is_latent).items()}
+
+    @property
     def device(self) -> torch.device:
         """Where the data and latents live."""
         sites = sites_of(self.model_trace, is_random).values()

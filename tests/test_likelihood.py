@@ -1824,3 +1824,20 @@ def test_a_module_used_through_another_method_is_in_eval_mode() -> None:
     assert encoder.modes
     assert not any(encoder.modes)
     assert encoder.training
+
+
+def test_a_net_that_takes_exactly_its_own_shape_inside_nested_plates() -> None:
+    def strict(z: torch.Tensor) -> torch.Tensor:
+        assert z.dim() == 2, "made for (batch, latents)"
+        return z @ loadings().T
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", prior())
+            loc = strict(z)
+            with pyro.plate("pixels", 4, dim=-2):
+                pyro.sample("x", dist.Normal(loc.T, NOISE), obs=x.T)
+
+    with pytest.warns(UserWarning, match="does not broadcast over particles"):
+        estimate = log_likelihood(model, exact_guide, rows(), num_particles=9)
+    torch.testing.assert_close(estimate.log_likelihood, exact(rows()))

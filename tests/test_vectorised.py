@@ -29,7 +29,8 @@ def program(view: bool) -> Callable[[], None]:
 
 def vectorised(model: Callable[[], None], enumerated: tuple[str, ...]) -> VectorisedProgram:
     plates = DataPlates(("data",), (-1,), (3,))
-    return VectorisedProgram(model, "model", plates, 1, "here", enumerated)
+    shapes = dict.fromkeys("yz", torch.Size([3]))
+    return VectorisedProgram(model, "model", plates, 1, "here", shapes, enumerated)
 
 
 def posterior_of_y(z: torch.Tensor) -> torch.Tensor:

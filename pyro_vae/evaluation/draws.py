@@ -40,7 +40,8 @@ class Draws:
         def program(
             of: Callable[[], Any], role: str = "model", enumerated: tuple[str, ...] = ()
         ) -> VectorisedProgram:
-            return VectorisedProgram(of, role, plates, pair.max_plate_nesting, where, enumerated)
+            common = plates, pair.max_plate_nesting, where, pair.latent_shapes
+            return VectorisedProgram(of, role, *common, enumerated)
 
         self._where = where
         self._latents = list(sites_of(pair.model_trace, is_latent))

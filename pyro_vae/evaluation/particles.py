@@ -49,8 +49,9 @@ class Particles:
         where: str,
     ) -> None:
         nesting = pair.max_plate_nesting
-        self._model = VectorisedProgram(model, "model", plates, nesting, where, pair.enumerated)
-        self._guide = VectorisedProgram(guide, "guide", plates, nesting, where)
+        common = plates, nesting, where, pair.latent_shapes
+        self._model = VectorisedProgram(model, "model", *common, pair.enumerated)
+        self._guide = VectorisedProgram(guide, "guide", *common)
         self._sites = pair.guide_sites
         self._nesting, self._plates, self._where = nesting, plates, where
         self.device = pair.device

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,9 +44,10 @@ class VectorisedProgram:
         program: The program without arguments.
         role: "model" or "guide", for the messages.
         plates: The data plates.
-        nesting: How many dimensions its plates take.
-        enumerated: Names of discrete latents to sum out.
+        nesting: How many dimensions the plates of model and guide take.
         where: The function that asks, for the messages.
+        shapes: What shape each latent has for a single particle.
+        enumerated: Names of discrete latents to sum out.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class VectorisedProgram:
         plates: DataPlates,
         nesting: int,
         where: str,
+        shapes: Mapping[str, torch.Size],
         enumerated: tuple[str, ...] = (),
     ) -> None:
         def configure(site: Any) -> Any:
@@ -68,6 +70,7 @@ class VectorisedProgram:
         self._plates = plates
         self._nesting = nesting
         self._where = where
+        self._shapes = shapes
         self._enumerated = enumerated
         self._broadcasts: bool | None = None
         self._eps = 0.0  # Rounding of the coarsest dtype among the log-densities.
@@ -101,10 +104,7 @@ class VectorisedProgram:
         if self._broadcasts:
             plate = pyro.plate(_PLATE, num, dim=-1 - self._nesting)
             return self._infer_discrete(values, plate)
-        draws = [
-            self._infer_discrete({name: value[k] for name, value in values.items()})
-            for k in range(num)
-        ]
+        draws = [self._infer_discrete(self._particle(values, k)) for k in range(num)]
         return {name: torch.cat([v[name] for v in draws]) for name in self._enumerated}
 
     def score(self, values: Values, num: int) -> torch.Tensor:
@@ -127,7 +127,14 @@ class VectorisedProgram:
 
     def trace_one(self, values: Values, k: int) -> poutine.Trace:
         """Runs the program as its author wrote it, at particle ``k`` of ``values``."""
-        return self._trace({name: value[k] for name, value in values.items()})
+        return self._trace(self._particle(values, k))
+
+    def _particle(self, values: Values, k: int) -> Values:
+        """Particle ``k`` in the shapes that the program itself would draw."""
+        return {
+            name: value[k].reshape(self._shapes.get(name, value[k].shape))
+            for name, value in values.items()
+        }
 
     def _trace_all(self, num: int, values: Values | None = None) -> poutine.Trace:
         with pyro.plate(_PLATE, num, dim=-1 - self._nesting):
@@ -143,7 +150,7 @@ class VectorisedProgram:
             return poutine.trace(program).get_trace()
 
     def _draw_one(self, given: Values | None, k: int) -> tuple[Values, torch.Tensor]:
-        trace = self._trace({name: value[k] for name, value in given.items()} if given else None)
+        trace = self._trace(self._particle(given, k) if given else None)
         values = {}
         for name, site in sites_of(trace, is_latent).items():
             value = site["value"]
