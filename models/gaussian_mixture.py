@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
-from torch.distributions import Transform, constraints, transform_to
+from torch.distributions import constraints, transform_to
 
 from pyro_vae.baselines import GaussianMixtureFit
 from pyro_vae.checks import check_at_least, check_data
@@ -80,6 +80,7 @@ class GaussianMixture(Program):
 
     @weights.setter
     def weights(self, value: torch.Tensor) -> None:
+        _check("weights", value, self.raw_weights.shape, constraints.simplex)
         self.raw_weights.data.copy_(value.log())
 
     @property
@@ -88,17 +89,18 @@ class GaussianMixture(Program):
 
         Those are ``(K, D)`` for diagonal and ``(K, 1)`` for spherical covariances.
         """
-        scale: torch.Tensor = self._transform(self.raw_scale)
+        scale: torch.Tensor = transform_to(self._constraint)(self.raw_scale)
         return scale
 
     @scale.setter
     def scale(self, value: torch.Tensor) -> None:
-        self.raw_scale.data.copy_(self._transform.inv(value))
+        _check("scale", value, self.raw_scale.shape, self._constraint)
+        self.raw_scale.data.copy_(transform_to(self._constraint).inv(value))
 
     @property
-    def _transform(self) -> Transform:
+    def _constraint(self) -> constraints.Constraint:
         full = self.covariance == "full"
-        return transform_to(constraints.lower_cholesky if full else constraints.positive)
+        return constraints.lower_cholesky if full else constraints.positive
 
     def _components(self, z: torch.Tensor | slice) -> dist.TorchDistribution:
         locs, scale = self.locs[z], self.scale[z]
@@ -109,9 +111,10 @@ class GaussianMixture(Program):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Runs the model on a batch ``(batch, D)``; returns ``x``."""
         check_data("GaussianMixture", "x", x, (self.data_dim,))
-        weights = self.weights
+        # From logits: Categorical clamps small probabilities.
+        component = dist.Categorical(logits=self.raw_weights)
         with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", component, infer={"enumerate": "parallel"})
             result: torch.Tensor = pyro.sample("x", self._components(z), obs=x)
         return result
 
@@ -128,3 +131,14 @@ class GaussianMixture(Program):
     def posterior(self, x: torch.Tensor) -> dist.Categorical:
         """Exact p(z | x), the responsibilities: batch ``(batch,)``."""
         return dist.Categorical(logits=self._log_joint(x))
+
+
+def _check(
+    name: str, value: torch.Tensor, shape: torch.Size, constraint: constraints.Constraint
+) -> None:
+    if value.shape != shape or not constraint.check(value).all():
+        raise ValueError(
+            f"GaussianMixture: expected {name} of shape {tuple(shape)} that satisfy {constraint}, "
+            f"got shape {tuple(value.shape)}. Weights add up to one; a full covariance is set by "
+            "its Cholesky factor, torch.linalg.cholesky(covariance)."
+        )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -20,6 +21,7 @@ __all__ = [
     "check_values",
     "explained",
     "refuse_subsampling",
+    "support_of",
 ]
 
 
@@ -112,12 +114,25 @@ def check_values(
         event_shape = value.shape[len(batch_shape) :]
         batch_shape = torch.broadcast_shapes(batch_shape, mask.shape)
         seen = value.expand(batch_shape + event_shape)[mask.expand(batch_shape)]
+    if isinstance(base, dist.NanMaskedNormal | dist.NanMaskedMultivariateNormal):
+        return  # NaN is how these say "not observed".
     _check_finite(where, name, seen)
-    valid = fn.support.check(value)
+    support = support_of(fn)
+    if support is None:
+        return
+    valid = support.check(value)
     if isinstance(mask, torch.Tensor):
         valid = valid | ~mask
     if not valid.all():
         _raise_outside_support(where, name, seen, base, fn)
+
+
+def support_of(fn: Any) -> Any:
+    """The support of a distribution, or ``None`` where its author left it out."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
 
 
 def _check_finite(
@@ -128,8 +143,8 @@ def _check_finite(
         at = f" at site '{name}'" if name else f" in the argument of shape {tuple(value.shape)}"
         raise ValueError(
             f"{where}: expected finite data{at}, got {num_nan} NaN and {num_inf} "
-            "infinite values. Remove those rows, or mark the entries as unobserved with "
-            "pyro.poutine.mask."
+            "infinite values. Remove those rows, or put a number there and mark the entries as "
+            "unobserved with pyro.poutine.mask."
         ) from cause
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from torch.distributions import register_kl
 from torch.nn.functional import softplus
 
 __all__ = ["LogPoisson", "StableContinuousBernoulli"]
@@ -12,6 +13,9 @@ __all__ = ["LogPoisson", "StableContinuousBernoulli"]
 # all of them. Those of the distribution function lose none, but divide zero by zero at zero.
 _NEAR_ZERO = 0.1
 _ZERO = 1e-6
+_NEAR_ZERO_VARIANCE = 0.5
+# Of B_2n (2n - 1) / (2n)! in even powers, with the Bernoulli numbers B_2n.
+_VARIANCE_SERIES = (1 / 12, -1 / 240, 1 / 6048, -1 / 172800, 1 / 5322240, -5.81275e-9)
 
 
 class StableContinuousBernoulli(dist.ContinuousBernoulli):  # type: ignore[misc]
@@ -46,7 +50,7 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):  # type: ignore[misc]
         """Log-density of values in [0, 1], nats."""
         if self._validate_args:
             self._validate_sample(value)
-        return value * self.logits - softplus(self.logits) + self._cont_bern_log_norm()
+        return value * self.logits + self._log_density_at_zero()
 
     @property
     def mean(self) -> torch.Tensor:
@@ -54,16 +58,27 @@ class StableContinuousBernoulli(dist.ContinuousBernoulli):  # type: ignore[misc]
         near_zero, logits = self._nonzero_logits(_NEAR_ZERO)
         small = self.logits
         series = 0.5 + small / 12 - small**3 / 720 + small**5 / 30240
-        return torch.where(near_zero, series, -1 / torch.expm1(-logits) - 1 / logits)
+        size = logits.abs()
+        low = 1 / size + (-size).exp() / torch.expm1(-size)  # At minus the size.
+        return torch.where(near_zero, series, torch.where(logits > 0, 1 - low, low))
 
     @property
     def variance(self) -> torch.Tensor:
         """Variance, at most 1 / 12."""
-        near_zero, logits = self._nonzero_logits(_NEAR_ZERO)
-        square = self.logits.square()
-        series = 1 / 12 - square / 240 + square**2 / 6048
-        closed = logits**-2 - (2 * (logits / 2).sinh()) ** -2
+        near_zero, logits = self._nonzero_logits(_NEAR_ZERO_VARIANCE)
+        series = torch.zeros_like(self.logits)
+        for coefficient in reversed(_VARIANCE_SERIES):
+            series = series * self.logits.square() + coefficient
+        size = logits.abs()
+        closed = size**-2 - (-size).exp() / torch.expm1(-size).square()
         return torch.where(near_zero, series, closed)
+
+    def entropy(self) -> torch.Tensor:
+        """Differential entropy, nats."""
+        return -(self.mean * self.logits + self._log_density_at_zero())
+
+    def _log_density_at_zero(self) -> torch.Tensor:
+        return self._cont_bern_log_norm() - softplus(self.logits)
 
     def cdf(self, value: torch.Tensor) -> torch.Tensor:
         """Probability of values up to ``value``, which lies in [0, 1]."""
@@ -122,3 +137,16 @@ class LogPoisson(dist.Poisson):
         if self._validate_args:
             self._validate_sample(value)
         return value * self.log_rate - self.log_rate.exp() - (value + 1).lgamma()
+
+
+@register_kl(StableContinuousBernoulli, StableContinuousBernoulli)  # type: ignore[untyped-decorator]
+def _kl_continuous_bernoulli(
+    p: StableContinuousBernoulli, q: StableContinuousBernoulli
+) -> torch.Tensor:
+    difference = p._log_density_at_zero() - q._log_density_at_zero()
+    return p.mean * (p.logits - q.logits) + difference
+
+
+@register_kl(LogPoisson, LogPoisson)  # type: ignore[untyped-decorator]
+def _kl_log_poisson(p: LogPoisson, q: LogPoisson) -> torch.Tensor:
+    return p.rate * (p.log_rate - q.log_rate) - (p.rate - q.rate)

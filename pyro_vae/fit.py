@@ -18,7 +18,10 @@ __all__ = ["fit"]
 
 _RESTORED = "Parameters are back at the start of this epoch, the optimizer's state is not."
 _DIVERGED = "Try a smaller learning rate or gradient clipping."
-_BAD_DATA = "Remove those rows, or mark the entries as unobserved with pyro.poutine.mask."
+_BAD_DATA = (
+    "Remove those rows, or put a number there and mark the entries as unobserved with "
+    "pyro.poutine.mask."
+)
 
 
 class Steppable(Protocol):
@@ -138,13 +141,19 @@ class _Loop:
         """One step of SVI, which must come out finite."""
         failure = None
         try:
-            loss = float(self.svi.step(*args))
+            result = self.svi.step(*args)
+            if isinstance(result, tuple):
+                raise TypeError(
+                    f"fit: expected svi.step to return one loss, got {len(result)}. Wrap the "
+                    "object so that its step returns the loss to follow."
+                )
+            loss = float(result)
         except (ValueError, RuntimeError) as err:  # Distributions refuse NaN under validation.
             failure, loss = err, math.nan
         if math.isfinite(loss):
             self.num_steps += 1
             if self.num_steps == 1:
-                check_trained(self.programs, snapshot.graded)
+                check_trained(self.programs, snapshot)
             return loss
         # The update may have spoilt the parameters, then only the old ones show the origin.
         site = find_non_finite(self.programs, args)

@@ -9,10 +9,19 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from torch.nn.parameter import is_lazy
 
 from pyro_vae.isolation import root_modules, without_side_effects
 from pyro_vae.pairs import trace_pair
-from pyro_vae.traces import frames, is_observed, is_random, site_log_prob, sites_of
+from pyro_vae.traces import (
+    frames,
+    is_latent,
+    is_observed,
+    is_random,
+    masked,
+    site_log_prob,
+    sites_of,
+)
 
 __all__ = ["OBSERVED_DATA", "Snapshot", "check_trained", "find_non_finite", "look_at"]
 
@@ -66,12 +75,12 @@ def _same_random_numbers_again() -> Iterator[None]:
             pyro.util.set_rng_state(state)
 
 
-def check_trained(programs: Programs, graded: set[int]) -> None:
+def check_trained(programs: Programs, snapshot: "Snapshot") -> None:
     """Looks for modules that a step should have trained and did not.
 
     Args:
         programs: Model and guide.
-        graded: Ids of the parameters that had a gradient before the step.
+        snapshot: What they were before the step.
 
     Raises:
         ValueError: If a parameter of a ``PyroModule`` got a gradient but is not the one in the
@@ -82,14 +91,19 @@ def check_trained(programs: Programs, graded: set[int]) -> None:
     trained = {id(tensor) for _, tensor in pyro.get_param_store().named_parameters()}
     for root in (root for program in programs for root in root_modules(program)):
         for name, parameter in root.named_parameters():
-            if parameter.grad is None or id(parameter) in trained or id(parameter) in graded:
+            before = snapshot.before(parameter)
+            moved = before is not None and not parameter.equal(before)  # By another optimizer.
+            if parameter.grad is None or id(parameter) in trained or moved:
+                continue
+            if id(parameter) in snapshot.graded:
                 continue
             what = f"every parameter of {type(root).__name__} to be trained, got '{name}'"
             if isinstance(root, pyro.nn.PyroModule):
                 raise ValueError(
-                    f"fit: expected {what} whose name in Pyro's param store belongs to another "
-                    "module. Give the modules different names, or call pyro.clear_param_store() "
-                    "before training a second model or a copy."
+                    f"fit: expected {what} which is not in Pyro's param store under its name: it "
+                    "belongs to another module, or the module was not called as a whole. Give the "
+                    "modules different names, or call pyro.clear_param_store() before training a "
+                    "second model or a copy."
                 )
             warnings.warn(
                 f"fit: expected {what} that gets a gradient and is not in Pyro's param store. "
@@ -116,11 +130,14 @@ def find_non_finite(programs: Programs, args: Any) -> str:
 
 def _first_non_finite(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> str:
     for name, site in sites_of(model_trace, is_observed).items():
-        if not torch.as_tensor(site["value"]).isfinite().all():
+        spoilt = ~torch.as_tensor(site["value"]).isfinite()
+        if event_dim := site["fn"].event_dim:
+            spoilt = spoilt.flatten(-event_dim).any(-1)
+        if masked(spoilt.double(), site["mask"]).any():
             return f", with non-finite {OBSERVED_DATA} at site '{name}' of the model"
     for role, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in sites_of(trace, is_random).items():
-            if not torch.as_tensor(site["value"]).isfinite().all():
+            if is_latent(site) and not torch.as_tensor(site["value"]).isfinite().all():
                 return f", with non-finite sampled values at site '{name}' of the {role}"
             if not site_log_prob(site).isfinite().all():
                 return f", with a non-finite log-density at site '{name}' of the {role}"
@@ -144,6 +161,10 @@ class Snapshot:
             for name, tensor in owned
             if id(tensor) not in in_store
         ]
+
+    def before(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The copy of a module's parameter."""
+        return next((copy for _, kept, copy in self._owned if kept is tensor), None)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Names, tensors and their copies."""
@@ -178,5 +199,6 @@ def _stored() -> dict[str, torch.Tensor]:
 def _owned(programs: Programs) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of the modules that can be seen from outside."""
     for root in (root for program in programs for root in root_modules(program)):
-        yield from root.named_parameters()
-        yield from root.named_buffers()
+        for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+            if not is_lazy(tensor):  # It has no values before the first run.
+                yield name, tensor

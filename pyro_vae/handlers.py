@@ -1,6 +1,6 @@
 """Effect handlers around a model or a guide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,7 +11,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro_vae.isolation import Evaluating
 from pyro_vae.traces import is_latent
 
-__all__ = ["ScaleKLMessenger", "scale_kl"]
+__all__ = ["ReplayValuesMessenger", "ScaleKLMessenger", "replay_values", "scale_kl"]
 
 
 @runtime_checkable
@@ -19,6 +19,34 @@ class HasValue(Protocol):
     """Anything with a 0-d tensor ``value``, such as a schedule."""
 
     value: torch.Tensor
+
+
+class ReplayValuesMessenger(Messenger):
+    """The handler behind :func:`replay_values`."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_latent(msg) and msg["name"] in self._values:
+            msg["value"], msg["done"] = self._values[msg["name"]], True
+
+
+def replay_values(fn: Callable[..., Any], values: Mapping[str, torch.Tensor]) -> Any:
+    """Runs ``fn`` with given values at its latent sites.
+
+    ``pyro.poutine.replay`` does the same from a trace, and replaces each site's ``infer`` too.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     return pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> replay_values(model, {"z": torch.tensor(3.0)})()
+        tensor(3.)
+    """
+    return ReplayValuesMessenger(values)(fn)
 
 
 class ScaleKLMessenger(Messenger):

@@ -1,7 +1,7 @@
 """Running a user's programs without a trace: modes, gradients and the param store are kept."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import getclosurevars
 from types import FunctionType, MethodType
@@ -26,42 +26,44 @@ def root_modules(program: Any) -> Iterator[nn.Module]:
     They are the program itself, what it wraps or is bound to, and what a plain function names:
     in its closure, its globals, or functions beside it that it calls.
     """
-    yield from _reachable(program, set())
+    yield from _reachable(program, set(), depth=8)
 
 
-def _reachable(part: Any, seen: set[int]) -> Iterator[nn.Module]:
-    if id(part) in seen:
+def _reachable(part: Any, seen: set[int], depth: int) -> Iterator[nn.Module]:
+    if id(part) in seen or not depth:
         return
     seen.add(id(part))
     if isinstance(part, nn.Module):
         yield part
         return
-    inner: list[Any] = []
+    for inner in _inside(part):
+        if isinstance(inner, nn.Module | partial | MethodType | FunctionType | dict | list | tuple):
+            yield from _reachable(inner, seen, depth - 1)
+
+
+def _inside(part: Any) -> list[Any]:
+    """What a program or a container of modules holds; long containers hold data."""
     if isinstance(part, partial):  # Pyro's handlers are partials of (handler, program).
-        inner = [part.func, *part.args, *part.keywords.values()]
-    elif isinstance(part, MethodType):
-        inner = [part.__self__, part.__func__]
-    elif isinstance(part, FunctionType):
-        with suppress(ValueError):  # A name in the closure may have no value yet.
-            inner = _named_by(part)
-    elif isinstance(part, Mapping):
-        inner = list(part.values())
-    elif isinstance(part, list | tuple):
-        inner = list(part)
-    for other in inner:
-        yield from _reachable(other, seen)
+        return [part.func, *part.args, *part.keywords.values()]
+    if isinstance(part, MethodType):
+        bound = part.__self__
+        held = [] if isinstance(bound, nn.Module) else getattr(bound, "__dict__", {}).values()
+        return [bound, part.__func__, *held]
+    if isinstance(part, FunctionType):
+        try:
+            named = getclosurevars(part)
+        except ValueError:  # A name in the closure has no value yet.
+            return []
+        values = [*named.nonlocals.values(), *named.globals.values()]
+        return [v for v in values if not _is_elsewhere(v, part)]
+    if isinstance(part, dict | list | tuple) and len(part) <= 1000:
+        return list(part.values() if isinstance(part, dict) else part)
+    return []
 
 
-def _named_by(function: FunctionType) -> list[Any]:
-    """What a function names that may lead to a module: libraries' functions do not."""
-    named = getclosurevars(function)
-    values = [*named.nonlocals.values(), *named.globals.values()]
-    return [
-        value
-        for value in values
-        if isinstance(value, nn.Module | partial | MethodType | Mapping | list | tuple)
-        or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
-    ]
+def _is_elsewhere(value: Any, function: FunctionType) -> bool:
+    """Whether a value is a function of another module, a library's for instance."""
+    return isinstance(value, FunctionType) and value.__module__ != function.__module__
 
 
 @contextmanager
@@ -75,17 +77,16 @@ def evaluation_mode(*programs: Callable[..., Any]) -> Iterator[None]:
     switched: list[nn.Module] = []
 
     def switch(module: nn.Module, *_: Any) -> None:
-        if module.training:
-            switched.extend(part for part in module.modules() if part.training)
-            for part in module.modules():
+        for part in module.modules():
+            if part.training:
                 part.training = False
+                switched.append(part)
 
-    for program in programs:
-        for root in root_modules(program):
-            for module in root.modules():
-                switch(module)
     hook = register_module_forward_pre_hook(switch)
     try:
+        for program in programs:
+            for root in root_modules(program):
+                switch(root)
         yield
     finally:
         hook.remove()
@@ -97,10 +98,13 @@ def evaluation_mode(*programs: Callable[..., Any]) -> Iterator[None]:
 def without_side_effects(*programs: Callable[..., Any]) -> Iterator[None]:
     """Evaluation mode without gradients; parameters born inside the block go at its end."""
     store = pyro.get_param_store()
-    before = set(store.keys())
+    # Its own deletion forgets a tensor's name altogether where the tensor has two.
+    tables: list[dict[Any, Any]] = [store._params, store._constraints, store._param_to_name]
+    before = [dict(table) for table in tables]
     with torch.no_grad(), evaluation_mode(*programs), Evaluating():
         try:
             yield
         finally:
-            for name in set(store.keys()) - before:
-                del store[name]
+            for table, entries in zip(tables, before, strict=True):
+                table.clear()
+                table.update(entries)

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 
+from pyro_vae.handlers import replay_values
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.traces import is_latent, is_observed, sites_of
 
@@ -64,11 +65,8 @@ def decode(
     Raises:
         ValueError: If the model has no latent of that name, or several observed sites.
     """
-    replayed = poutine.Trace()
-    for name, value in codes.items():
-        replayed.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
     with without_side_effects(model):
-        trace = poutine.trace(poutine.replay(model, trace=replayed)).get_trace(*args, **kwargs)
+        trace = poutine.trace(replay_values(model, codes)).get_trace(*args, **kwargs)
     unknown = set(codes) - set(sites_of(trace, is_latent))
     if unknown:
         raise ValueError(
@@ -226,8 +224,11 @@ def _choose(names: Collection[str], site: str | None, where: str) -> str:
 
 
 def _expected(fn: TorchDistribution) -> torch.Tensor:
-    """The mean of the data, or the mode where there is no mean, as for classes."""
-    mean: torch.Tensor = fn.mean
+    """The mean of the data; the mode of classes, which have none; a sample where it is unknown."""
+    try:
+        mean: torch.Tensor = fn.mean
+    except NotImplementedError:
+        return fn.sample()
     return fn.mode if mean.isnan().any() else mean
 
 

@@ -152,6 +152,17 @@ def _check_latents(guide: poutine.Trace, model: poutine.Trace, where: str) -> tu
     return tuple(missing)
 
 
+def _effective_mask(site: Site) -> torch.Tensor:
+    """The mask around a site and the one inside its distribution, where its events are whole."""
+    mask = torch.as_tensor(True if site["mask"] is None else site["mask"])
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        if hasattr(fn, "_mask") and fn.event_dim == site["fn"].event_dim:
+            mask = mask & torch.as_tensor(fn._mask, device=mask.device)
+        fn = fn.base_dist
+    return mask
+
+
 class _ShapeMismatch(Exception):
     """Not a ``ValueError``: to those a trace appends a table of all shapes."""
 
@@ -176,7 +187,8 @@ class _CompareShapes(Messenger):
             batch_shape[frame.dim] = frame.size
         actual = tuple(msg["value"].shape)
         wanted = (*batch_shape, *event_shape)
-        if (1,) * (len(wanted) - len(actual)) + actual != wanted:
+        rank = max(len(wanted), len(actual))
+        if (1,) * (rank - len(actual)) + actual != (1,) * (rank - len(wanted)) + wanted:
             raise _ShapeMismatch(
                 f"{self._where}: expected the guide to sample site '{msg['name']}' with shape "
                 f"{wanted} as the model does, got {actual}. Give the guide's distribution the "
@@ -186,12 +198,14 @@ class _CompareShapes(Messenger):
 
 def _check_masks(pair: Pair, where: str) -> None:
     """A latent masked on one side only would leave a density without its counterpart."""
+    if sites_of(pair.guide_trace, is_observed):
+        return  # A factor may hold the density of a masked site.
     model_sites = sites_of(pair.model_trace, is_latent)
     for name, site in pair.guide_sites.items():
         if name not in model_sites:
             continue
-        masks = [True if s["mask"] is None else s["mask"] for s in (model_sites[name], site)]
-        first, second = torch.broadcast_tensors(*(torch.as_tensor(m).cpu() for m in masks))
+        masks = [_effective_mask(s).cpu() for s in (model_sites[name], site)]
+        first, second = torch.broadcast_tensors(*masks)
         if not first.equal(second):
             raise ValueError(
                 f"{where}: expected the same mask on latent site '{name}' in model and guide, got "

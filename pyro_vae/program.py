@@ -31,10 +31,16 @@ class Program(PyroModule):
         memo[id(self)] = copy
         for key, value in self.__dict__.items():
             copy.__dict__[key] = deepcopy(value, memo)
-        old, new = self._pyro_name, _new_name(type(self).__name__)
-        for module in copy.modules():
-            if isinstance(module, PyroModule) and "." not in old:  # Else part of another module.
-                module._pyro_name = new + module._pyro_name.removeprefix(old)
+        old, parts = self._pyro_name, [m for m in copy.modules() if isinstance(m, PyroModule)]
+        others = [
+            m._pyro_name for m in memo.values() if isinstance(m, PyroModule) and m is not copy
+        ]
+        is_part = any(name and old.startswith(f"{name}.") for name in others)
+        has_sites = any(part._pyro_samples for part in parts)  # Their names are the parameters'.
+        if not is_part and not has_sites:
+            new = _new_name(type(self).__name__)
+            for part in parts:
+                part._pyro_name = new + part._pyro_name.removeprefix(old)
         return copy
 
 

@@ -3,6 +3,7 @@
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import kl_divergence
 from torch.quasirandom import SobolEngine
 
 from pyro_vae.distributions import LogPoisson, StableContinuousBernoulli
@@ -90,3 +91,29 @@ def test_log_poisson_has_a_gradient_where_the_rate_underflows(
     LogPoisson(raw).log_prob(torch.tensor(count, dtype=torch.float32)).backward()
     expected = count - torch.tensor(log_rate).exp()
     torch.testing.assert_close(raw.grad, expected.float())
+
+
+def test_entropy_and_divergence_by_quadrature() -> None:
+    logits, x = torch.tensor([-100.0, -3.0, 0.01, 0.4, 20.0, 40.0]), logarithmic_grid()[:, None]
+    p, q = StableContinuousBernoulli(logits=logits), StableContinuousBernoulli(logits=-logits / 3)
+    density = p.log_prob(x).exp()
+    entropy = integral(-density * p.log_prob(x), x[:, 0])
+    torch.testing.assert_close(p.entropy(), entropy, rtol=1e-4, atol=1e-4)
+    divergence = integral(density * (p.log_prob(x) - q.log_prob(x)), x[:, 0])
+    torch.testing.assert_close(kl_divergence(p, q), divergence, rtol=1e-4, atol=1e-4)
+    log_rate = torch.tensor([-1.0, 0.5])
+    torch.testing.assert_close(
+        kl_divergence(LogPoisson(log_rate), LogPoisson(log_rate + 1)),
+        kl_divergence(dist.Poisson(log_rate.exp()), dist.Poisson((log_rate + 1).exp())),
+    )
+
+
+@pytest.mark.parametrize("moment", ["mean", "variance"])
+def test_moments_have_gradients_at_any_logit(moment: str) -> None:
+    logits = torch.tensor([-200.0, -0.3, 0.0, 0.49, 0.51, 200.0], requires_grad=True)
+    value = getattr(StableContinuousBernoulli(logits=logits), moment)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    step = 1e-5
+    fn = StableContinuousBernoulli(logits=logits.detach() + torch.tensor([[-step], [step]]))
+    below, above = getattr(fn, moment)
+    torch.testing.assert_close(gradient, (above - below) / (2 * step), rtol=1e-5, atol=1e-9)

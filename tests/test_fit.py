@@ -337,7 +337,7 @@ def test_two_modules_of_one_name(wrapped: bool) -> None:
     first, second = Twin(), Twin()
     fit(SVI(first, no_latents, adam(), Trace_ELBO()), [x], 1, progress=False)
     model = scale_kl(second, 0.5) if wrapped else second
-    with pytest.raises(ValueError, match="of Twin to be trained, got 'loc' whose name in Pyro's"):
+    with pytest.raises(ValueError, match="of Twin to be trained, got 'loc' which is not in Pyro's"):
         fit(SVI(model, no_latents, adam(), Trace_ELBO()), [x], 1, progress=False)
 
 
@@ -887,3 +887,58 @@ def test_a_copy_of_a_model_trains_beside_the_original() -> None:
     other = linear_pair()[1]
     fit(SVI(copied, other, adam(), Trace_ELBO()), [torch.randn(4, DATA_DIM)], 1, progress=False)
     assert not copied.weight.equal(before)
+
+
+def test_one_module_in_both_programs() -> None:
+    net = nn.Linear(1, 1)
+
+    def model(x: torch.Tensor) -> None:
+        pyro.module("b", net)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(net(z.unsqueeze(-1)), 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.module("a", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x).squeeze(-1), 1.0))
+
+    before = net.weight.detach().clone()
+    fit(SVI(model, guide, adam(), Trace_ELBO()), [torch.randn(5, 1)], 2, progress=False)
+    assert not net.weight.equal(before)
+
+
+def test_a_guide_value_with_a_dimension_of_one_more() -> None:
+    def model(x: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.sample("mu", dist.Normal(pyro.param("loc", torch.zeros(1)), 1.0))
+
+    fit(SVI(model, guide, adam(), Trace_ELBO()), [torch.randn(5)], 2, progress=False)
+
+
+def test_lazy_layers_train() -> None:
+    net = nn.LazyLinear(2)
+
+    def guide(x: torch.Tensor) -> None:
+        out = net(x)
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(out, 1.0).to_event(1))
+
+    fit(
+        SVI(linear_pair()[0], guide, adam(), Trace_ELBO()),
+        [torch.randn(5, DATA_DIM)],
+        2,
+        progress=False,
+    )
+    assert net.weight.shape == (2, DATA_DIM)
+
+
+def test_a_step_that_returns_several_losses() -> None:
+    svi = SimpleNamespace(step=lambda x: (1.0, 2.0))
+    with pytest.raises(TypeError, match=r"expected svi.step to return one loss, got 2"):
+        fit(svi, [torch.zeros(3)], 1, progress=False)

@@ -7,7 +7,7 @@ deterministic and need few particles: whatever is dropped, doubled or mixed up s
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -1841,3 +1841,86 @@ def test_a_net_that_takes_exactly_its_own_shape_inside_nested_plates() -> None:
     with pytest.warns(UserWarning, match="does not broadcast over particles"):
         estimate = log_likelihood(model, exact_guide, rows(), num_particles=9)
     torch.testing.assert_close(estimate.log_likelihood, exact(rows()))
+
+
+@pytest.mark.parametrize("gap", [1.0, 150.0, 2000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_sites_that_disagree_about_a_component(gap: float, dtype: torch.dtype) -> None:
+    locs = torch.tensor([0.0, math.sqrt(2 * gap)], dtype=dtype)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+            pyro.sample("a", dist.Normal(locs[z], 1.0), obs=x[:, 0])
+            pyro.sample("b", dist.Normal(locs[z], 1.0), obs=x[:, 1])
+
+    estimate = log_likelihood(model, lambda x: None, locs.unsqueeze(0), num_particles=2)
+    joint = dist.Normal(locs[:, None], 1.0).log_prob(locs).double().sum(-1) - math.log(2)
+    torch.testing.assert_close(estimate.log_likelihood, joint.logsumexp(0, keepdim=True))
+
+
+def test_a_mask_inside_the_distribution_counts() -> None:
+    mask = torch.tensor([True, False, True, True, True])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior().mask(mask))
+            fn = dist.Normal(z @ loadings().T, NOISE).to_event(1)
+            pyro.sample("x", fn.mask(mask), obs=x)
+
+    with pytest.raises(ValueError, match="same mask on latent site 'z' in model and guide"):
+        log_likelihood(model, exact_guide, rows())
+    estimate = log_likelihood(model, poutine.mask(exact_guide, mask=mask), rows())
+    torch.testing.assert_close(estimate.log_likelihood, exact(rows()).masked_fill(~mask, 0.0))
+
+
+def test_one_module_under_two_names() -> None:
+    net = torch.nn.Linear(4, 2)
+
+    def guide(x: torch.Tensor, name: str = "a") -> None:
+        pyro.module(name, net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(net(x), 1.0).to_event(1))
+
+    guide(rows())
+    store = pyro.get_param_store()
+    names = {name: store.param_name(tensor) for name, tensor in store.named_parameters()}
+    log_likelihood(linear_model, lambda x: guide(x, "b"), rows())
+    assert set(store) == {"a$$$weight", "a$$$bias"}
+    assert {n: store.param_name(t) for n, t in store.named_parameters()} == names
+
+
+def test_a_distribution_without_support() -> None:
+    class Bare(dist.TorchDistribution):
+        arg_constraints: ClassVar[dict[str, Any]] = {}
+
+        def __init__(self, loc: torch.Tensor) -> None:
+            self.loc = loc
+            super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+        def expand(self, batch_shape: Any, _instance: Any = None) -> "Bare":
+            return Bare(self.loc.expand(*batch_shape, self.loc.shape[-1]))
+
+        def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+            return dist.Normal(self.loc, NOISE).log_prob(value).sum(-1)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", Bare(z @ loadings().T), obs=x)
+
+    estimate = log_likelihood(model, exact_guide, rows(), num_particles=9)
+    torch.testing.assert_close(estimate.log_likelihood, exact(rows()))
+
+
+def test_data_where_nan_means_unobserved() -> None:
+    x = rows()
+    x[1, 2] = torch.nan
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", dist.NanMaskedNormal(z @ loadings().T, NOISE).to_event(1), obs=x)
+
+    estimate = log_likelihood(model, exact_guide, x, num_particles=9)
+    torch.testing.assert_close(estimate.log_likelihood, exact(x))

@@ -328,3 +328,27 @@ def test_a_copy_of_a_mixture_is_evaluated_with_its_own_parameters() -> None:
     estimate = importance_weighted_log_likelihood(best, lambda x: None, x, num_particles=2)
     torch.testing.assert_close(estimate.log_likelihood, before)
     torch.testing.assert_close(best.log_prob(x), before)
+
+
+def test_small_weights_of_a_mixture_are_not_clamped() -> None:
+    model = GaussianMixture(2, 2)
+    model.raw_weights.data = torch.tensor([0.0, -46.0])
+    model.locs.data = torch.tensor([[0.0, 0.0], [30.0, 0.0]])
+    x = torch.tensor([[30.0, 0.0]])
+    for guide in (lambda x: None, ExactGaussianMixture(model)):
+        estimate = importance_weighted_log_likelihood(model, guide, x, num_particles=3)
+        torch.testing.assert_close(estimate.log_likelihood, model.log_prob(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weights", torch.tensor([-1.0, 2.0])),
+        ("weights", torch.tensor(0.5)),
+        ("scale", torch.ones(2, 2, 2)),
+        ("scale", -torch.eye(2).expand(2, 2, 2)),
+    ],
+)
+def test_impossible_parameters_of_a_mixture(name: str, value: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=f"GaussianMixture: expected {name} of shape"):
+        setattr(GaussianMixture(2, 2), name, value)

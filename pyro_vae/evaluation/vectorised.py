@@ -12,9 +12,11 @@ from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from torch.distributions import constraints
 
+from pyro_vae.checks import support_of
+from pyro_vae.evaluation.elimination import ExactLogRing, with_dims
+from pyro_vae.handlers import replay_values
 from pyro_vae.traces import (
     DataPlates,
     Site,
@@ -145,7 +147,7 @@ class VectorisedProgram:
         if self._enumerated:
             program = poutine.enum(self._enumerating, first_available_dim=-2 - self._nesting)
         if values is not None:  # Outside: enum has to see that a replayed site depends on its own.
-            program = poutine.replay(program, trace=_as_trace(values))
+            program = replay_values(program, values)
         with pyro.validation_enabled(False):
             return poutine.trace(program).get_trace()
 
@@ -212,7 +214,8 @@ class VectorisedProgram:
             factor = packed.scale_and_mask(
                 site["packed"]["unscaled_log_prob"], mask=site["packed"]["mask"]
             )
-            factors.setdefault(frozenset(around), []).append(factor)
+            wide = with_dims(factor.to(torch.float64), factor._pyro_dims)
+            factors.setdefault(frozenset(around), []).append(wide)
         keep = [*self._plates.names, *([_PLATE] if particles else [])]
         symbols = [
             site["infer"].get("_enumerate_symbol") for site in sites_of(trace, is_random).values()
@@ -221,7 +224,7 @@ class VectorisedProgram:
             factors,
             {symbol for symbol in symbols if symbol},
             target_ordinal=frozenset(trace.plate_to_symbol[name] for name in keep),
-            ring=LogRing(dim_to_size=sizes),
+            ring=ExactLogRing(dim_to_size=sizes),
         )
         total = packed.unpack(total, trace.symbol_to_dim)
         total = self._plates.sum_others(total, leading=len(particles))
@@ -229,11 +232,13 @@ class VectorisedProgram:
 
     def _check_support(self, site: Site) -> None:
         """Validation is off in the chunks; torch then returns finite densities outside."""
-        support = site["fn"].support
+        support = support_of(site["fn"])
         base = support
         while isinstance(base, constraints.independent):
             base = base.base_constraint
-        if base is not constraints.real and not support.check(site["value"]).all():
+        if base in (None, constraints.real):
+            return
+        if not support.check(site["value"]).all():
             raise OutsideSupportError(
                 f"{self._where}: expected the guide to sample site '{site['name']}' in the "
                 f"support {support} of the model, got values outside it. Use a guide "
@@ -282,10 +287,3 @@ class VectorisedProgram:
 
 class OutsideSupportError(ValueError):
     """A guide's value where the model has no density."""
-
-
-def _as_trace(values: Values) -> poutine.Trace:
-    trace = poutine.Trace()
-    for name, value in values.items():
-        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
-    return trace
