@@ -77,16 +77,17 @@ def evaluation_mode(*programs: Callable[..., Any]) -> Iterator[None]:
     switched: list[nn.Module] = []
 
     def switch(module: nn.Module, *_: Any) -> None:
-        for part in module.modules():
-            if part.training:
+        if module.training:  # Asked at every call, so the parts are walked only then.
+            switched.extend(part for part in module.modules() if part.training)
+            for part in module.modules():
                 part.training = False
-                switched.append(part)
 
     hook = register_module_forward_pre_hook(switch)
     try:
         for program in programs:
             for root in root_modules(program):
-                switch(root)
+                for module in root.modules():
+                    switch(module)
         yield
     finally:
         hook.remove()
