@@ -12,7 +12,10 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import Bernoulli
 from torch.utils._pytree import tree_leaves
 
+from pyro_vae.traces import layers
+
 __all__ = [
+    "NOT_FINITE_FIX",
     "check_arguments",
     "check_at_least",
     "check_batch",
@@ -23,6 +26,11 @@ __all__ = [
     "refuse_subsampling",
     "support_of",
 ]
+
+NOT_FINITE_FIX = (
+    "Remove those rows, or put a number there and mark the entries as unobserved with "
+    "pyro.poutine.mask."
+)
 
 
 def check_at_least(where: str, name: str, value: int, least: int) -> None:
@@ -103,11 +111,9 @@ def check_values(
     """
     if mask is False:
         return
-    base = fn
-    while hasattr(base, "base_dist"):
-        if hasattr(base, "_mask"):
-            return
-        base = base.base_dist
+    *wrappers, base = layers(fn)
+    if any(hasattr(wrapper, "_mask") for wrapper in wrappers):
+        return
     seen = value
     if isinstance(mask, torch.Tensor):
         batch_shape = value.shape[: value.dim() - fn.event_dim]
@@ -143,8 +149,7 @@ def _check_finite(
         at = f" at site '{name}'" if name else f" in the argument of shape {tuple(value.shape)}"
         raise ValueError(
             f"{where}: expected finite data{at}, got {num_nan} NaN and {num_inf} "
-            "infinite values. Remove those rows, or put a number there and mark the entries as "
-            "unobserved with pyro.poutine.mask."
+            f"infinite values. {NOT_FINITE_FIX}"
         ) from cause
 
 

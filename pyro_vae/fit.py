@@ -10,18 +10,13 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from pyro_vae.checks import check_at_least, explained
-from pyro_vae.fit_checks import OBSERVED_DATA, Snapshot, check_trained, find_non_finite, look_at
+from pyro_vae.fit_checks import Fault, Snapshot, check_trained, find_non_finite, look_at
 from pyro_vae.history import History
 from pyro_vae.isolation import evaluation_mode
 
 __all__ = ["fit"]
 
 _RESTORED = "Parameters are back at the start of this epoch, the optimizer's state is not."
-_DIVERGED = "Try a smaller learning rate or gradient clipping."
-_BAD_DATA = (
-    "Remove those rows, or put a number there and mark the entries as unobserved with "
-    "pyro.poutine.mask."
-)
 
 
 class Steppable(Protocol):
@@ -133,7 +128,7 @@ class _Loop:
             snapshot.restore()
             raise FloatingPointError(
                 f"fit: expected finite parameters, got '{spoilt[0]}' with NaN or infinite values "
-                f"after step {self.num_steps}. {_RESTORED} {_DIVERGED}"
+                f"after step {self.num_steps}. {_RESTORED} {Fault().fix}"
             )
         return mean.value_of("batches")
 
@@ -156,15 +151,15 @@ class _Loop:
                 check_trained(self.programs, snapshot)
             return loss
         # The update may have spoilt the parameters, then only the old ones show the origin.
-        site = find_non_finite(self.programs, args)
-        if failure and not site and not snapshot.spoilt():
+        after = find_non_finite(self.programs, args)
+        if failure and not after.origin and not snapshot.spoilt():
             raise failure
         snapshot.restore()
-        site = find_non_finite(self.programs, args) or site
-        fix = _BAD_DATA if OBSERVED_DATA in site else _DIVERGED
+        before = find_non_finite(self.programs, args)
+        fault = before if before.origin else after
         raise FloatingPointError(
-            f"fit: expected a finite loss, got {loss} at step {self.num_steps + 1}{site}. "
-            f"{_RESTORED} {fix}"
+            f"fit: expected a finite loss, got {loss} at step {self.num_steps + 1}{fault.origin}. "
+            f"{_RESTORED} {fault.fix}"
         ) from failure
 
     def validate(self, batches: Iterable[Any]) -> float:

@@ -4,13 +4,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from torch.nn.parameter import is_lazy
 
+from pyro_vae.checks import NOT_FINITE_FIX
 from pyro_vae.isolation import root_modules, without_side_effects
 from pyro_vae.pairs import trace_pair
 from pyro_vae.traces import (
@@ -23,9 +24,8 @@ from pyro_vae.traces import (
     sites_of,
 )
 
-__all__ = ["OBSERVED_DATA", "Snapshot", "check_trained", "find_non_finite", "look_at"]
+__all__ = ["Fault", "Snapshot", "check_trained", "find_non_finite", "look_at"]
 
-OBSERVED_DATA = "observed data"
 Programs = Sequence[Callable[..., Any]]
 
 
@@ -91,12 +91,11 @@ def check_trained(programs: Programs, snapshot: "Snapshot") -> None:
     trained = {id(tensor) for _, tensor in pyro.get_param_store().named_parameters()}
     for root in (root for program in programs for root in root_modules(program)):
         for name, parameter in root.named_parameters():
+            if parameter.grad is None or id(parameter) in trained | snapshot.graded:
+                continue
             before = snapshot.before(parameter)
-            moved = before is not None and not parameter.equal(before)  # By another optimizer.
-            if parameter.grad is None or id(parameter) in trained or moved:
-                continue
-            if id(parameter) in snapshot.graded:
-                continue
+            if before is not None and not parameter.equal(before):
+                continue  # Another optimizer moves it.
             what = f"every parameter of {type(root).__name__} to be trained, got '{name}'"
             if isinstance(root, pyro.nn.PyroModule):
                 raise ValueError(
@@ -114,10 +113,17 @@ def check_trained(programs: Programs, snapshot: "Snapshot") -> None:
             break
 
 
-def find_non_finite(programs: Programs, args: Any) -> str:
-    """Says where a loss that is not finite comes from, or nothing if it cannot be found."""
+class Fault(NamedTuple):
+    """Where a loss that is not finite comes from, as part of a sentence, and what to do."""
+
+    origin: str = ""
+    fix: str = "Try a smaller learning rate or gradient clipping."
+
+
+def find_non_finite(programs: Programs, args: Any) -> Fault:
+    """Looks for the first non-finite number; the origin is empty if it cannot be found."""
     if len(programs) < 2:
-        return ""
+        return Fault()
     model, guide = programs
     try:
         with without_side_effects(*programs), pyro.validation_enabled(False):
@@ -125,23 +131,24 @@ def find_non_finite(programs: Programs, args: Any) -> str:
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
             return _first_non_finite(guide_trace, model_trace)
     except Exception:  # The step is reported in any case.
-        return ""
+        return Fault()
 
 
-def _first_non_finite(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> str:
+def _first_non_finite(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> Fault:
     for name, site in sites_of(model_trace, is_observed).items():
         spoilt = ~torch.as_tensor(site["value"]).isfinite()
         if event_dim := site["fn"].event_dim:
             spoilt = spoilt.flatten(-event_dim).any(-1)
         if masked(spoilt.double(), site["mask"]).any():
-            return f", with non-finite {OBSERVED_DATA} at site '{name}' of the model"
+            origin = f", with non-finite observed data at site '{name}' of the model"
+            return Fault(origin, NOT_FINITE_FIX)
     for role, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in sites_of(trace, is_random).items():
             if is_latent(site) and not torch.as_tensor(site["value"]).isfinite().all():
-                return f", with non-finite sampled values at site '{name}' of the {role}"
+                return Fault(f", with non-finite sampled values at site '{name}' of the {role}")
             if not site_log_prob(site).isfinite().all():
-                return f", with a non-finite log-density at site '{name}' of the {role}"
-    return ""
+                return Fault(f", with a non-finite log-density at site '{name}' of the {role}")
+    return Fault()
 
 
 class Snapshot:

@@ -16,6 +16,7 @@ from pyro_vae.traces import (
     is_latent,
     is_observed,
     is_random,
+    layers,
     sites_of,
 )
 
@@ -155,11 +156,9 @@ def _check_latents(guide: poutine.Trace, model: poutine.Trace, where: str) -> tu
 def _effective_mask(site: Site) -> torch.Tensor:
     """The mask around a site and the one inside its distribution, where its events are whole."""
     mask = torch.as_tensor(True if site["mask"] is None else site["mask"])
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
+    for fn in layers(site["fn"])[:-1]:
         if hasattr(fn, "_mask") and fn.event_dim == site["fn"].event_dim:
             mask = mask & torch.as_tensor(fn._mask, device=mask.device)
-        fn = fn.base_dist
     return mask
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "is_observed",
     "is_point_mass",
     "is_random",
+    "layers",
     "masked",
     "site_log_prob",
     "sites_of",
@@ -46,11 +47,17 @@ def is_random(site: Site) -> bool:
     return is_latent(site) or is_observed(site)
 
 
+def layers(fn: Any) -> list[Any]:
+    """A distribution and those it wraps, the innermost last."""
+    result = [fn]
+    while hasattr(result[-1], "base_dist"):
+        result.append(result[-1].base_dist)
+    return result
+
+
 def is_point_mass(fn: Any) -> bool:
     """Whether a distribution is a Delta, perhaps reshaped or masked."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return isinstance(layers(fn)[-1], Delta)
 
 
 def sites_of(trace: poutine.Trace, kind: Any) -> dict[str, Site]:

@@ -320,3 +320,8 @@ class GuideContract(ProgramContract):
         error = float(weights.std()) / math.sqrt(num)
         assert abs(float(weights.mean()) - 1) < 5 * error
         assert error < 0.05
+
+
+def normal_x(num_rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(num_rows, 4, generator=generator, dtype=torch.float64)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from contracts import BATCH, Case, GuideContract, traced
+from contracts import BATCH, Case, GuideContract, normal_x, traced
 from pyro.infer import TraceEnum_ELBO
 
 import pyro_vae.guides
@@ -18,11 +18,6 @@ from pyro_vae.guides import (
 from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.priors import StandardNormalPrior
-
-
-def normal_x(num_rows: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(num_rows, 4, generator=generator, dtype=torch.float64)
 
 
 def images(num_rows: int) -> torch.Tensor:

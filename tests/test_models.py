@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from contracts import BATCH, Case, ModelContract, traced
+from contracts import BATCH, Case, ModelContract, normal_x, traced
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
@@ -25,11 +25,6 @@ from pyro_vae.guides import (
 from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.priors import StandardNormalPrior
-
-
-def normal_x(num_rows: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(num_rows, 4, generator=generator, dtype=torch.float64)
 
 
 def binary_x(num_rows: int) -> torch.Tensor:
