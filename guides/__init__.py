@@ -1,10 +1,17 @@
 """Amortized guides. Import them as ``pyro_vae.guides``."""
 
+from pyro_vae.guides.flow import AmortizedFlow
 from pyro_vae.guides.gaussian_mixture import ExactGaussianMixture
+from pyro_vae.guides.hierarchical import AmortizedBottomUp, AmortizedLadder
 from pyro_vae.guides.linear_gaussian import ExactLinearGaussian
+from pyro_vae.guides.mixture import AmortizedMixture
 from pyro_vae.guides.vae import AmortizedMultivariateNormal, AmortizedNormal
 
 __all__ = [
+    "AmortizedBottomUp",
+    "AmortizedFlow",
+    "AmortizedLadder",
+    "AmortizedMixture",
     "AmortizedMultivariateNormal",
     "AmortizedNormal",
     "ExactGaussianMixture",

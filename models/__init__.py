@@ -1,7 +1,8 @@
 """Generative models. Import them as ``pyro_vae.models``."""
 
 from pyro_vae.models.gaussian_mixture import GaussianMixture
+from pyro_vae.models.hierarchical import HierarchicalVAE
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.vae import VAE
 
-__all__ = ["VAE", "GaussianMixture", "LinearGaussian"]
+__all__ = ["VAE", "GaussianMixture", "HierarchicalVAE", "LinearGaussian"]

@@ -1,4 +1,4 @@
-"""Data in memory: digits bundled with scikit-learn, MNIST through torchvision, batches."""
+"""Data in memory: bundled digits and sprites, MNIST through torchvision, batches."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from pyro_vae.checks import check_at_least
+from pyro_vae.sprites import load_sprites
 
-__all__ = ["Batches", "binarize", "load_digits", "load_mnist"]
+__all__ = ["Batches", "binarize", "load_digits", "load_mnist", "load_sprites"]
 
 Split = tuple[torch.Tensor, torch.Tensor]
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from pyro import poutine
 from torch.nn.parameter import is_lazy
 
 from pyro_vae.checks import NOT_FINITE_FIX
-from pyro_vae.isolation import root_modules, without_side_effects
+from pyro_vae.isolation import root_modules, same_random_numbers_again, without_side_effects
 from pyro_vae.pairs import trace_pair
 from pyro_vae.traces import (
     frames,
@@ -20,6 +19,7 @@ from pyro_vae.traces import (
     is_observed,
     is_random,
     masked,
+    plates_over_data,
     site_log_prob,
     sites_of,
 )
@@ -40,7 +40,7 @@ def look_at(
     """
     if len(programs) < 2:  # Not Pyro's SVI: nothing to look into.
         return float, Snapshot(programs)
-    with _same_random_numbers_again(), without_side_effects(*programs):
+    with same_random_numbers_again(), without_side_effects(*programs):
         pair = trace_pair(programs[0], programs[1], args, {}, "fit")
         return _num_data(pair.model_trace, num_rows), Snapshot(programs)
 
@@ -49,30 +49,15 @@ def _num_data(model_trace: poutine.Trace, num_rows: int) -> Callable[[int], floa
     """A loss sums over the plate that all local sites share.
 
     With ``plate(size=N, subsample=...)`` it is scaled to all N data, whatever the number of rows;
-    else it stands for the rows. A plate around no observed site, such as one over the components
-    of a mixture, holds no data.
+    else it stands for the rows.
     """
-    around = [frames(site) for site in sites_of(model_trace, is_random).values()]
-    of_data = frozenset().union(*map(frames, sites_of(model_trace, is_observed).values()))
-    local = [plates & of_data for plates in around if plates & of_data]
-    shared = frozenset.intersection(*local) if local else frozenset()
+    random, observed = sites_of(model_trace, is_random), sites_of(model_trace, is_observed)
+    shared = plates_over_data(map(frames, random.values()), map(frames, observed.values()))
     full_size, size = prod(f.full_size for f in shared), prod(f.size for f in shared)
     if full_size != size:
         return lambda _: full_size
     per_row = size / num_rows if shared else 1.0
     return lambda rows: rows * per_row
-
-
-@contextmanager
-def _same_random_numbers_again() -> Iterator[None]:
-    """Puts the random states of torch (all its devices), Python and numpy back."""
-    state = pyro.util.get_rng_state()
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(cuda):
-        try:
-            yield
-        finally:
-            pyro.util.set_rng_state(state)
 
 
 def check_trained(programs: Programs, snapshot: "Snapshot") -> None:

@@ -1,7 +1,7 @@
 """Effect handlers around a model or a guide."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -9,16 +9,10 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 
 from pyro_vae.isolation import Evaluating
+from pyro_vae.schedules import Weight, weight_of
 from pyro_vae.traces import is_latent
 
 __all__ = ["ReplayValuesMessenger", "ScaleKLMessenger", "replay_values", "scale_kl"]
-
-
-@runtime_checkable
-class HasValue(Protocol):
-    """Anything with a 0-d tensor ``value``, such as a schedule."""
-
-    value: torch.Tensor
 
 
 class ReplayValuesMessenger(Messenger):
@@ -52,26 +46,9 @@ def replay_values(fn: Callable[..., Any], values: Mapping[str, torch.Tensor]) ->
 class ScaleKLMessenger(Messenger):
     """The handler behind :func:`scale_kl`."""
 
-    def __init__(self, scale: float | torch.Tensor | HasValue) -> None:
+    def __init__(self, scale: Weight) -> None:
         super().__init__()
-        value = scale.value if isinstance(scale, HasValue) else scale
-        if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
-            raise TypeError(
-                f"scale_kl: expected scale to be a number, a 0-d tensor or a schedule, got "
-                f"{type(scale).__name__}. Call scale_kl(model, 0.5) and scale_kl(guide, 0.5)."
-            )
-        if isinstance(value, torch.Tensor) and value.dim() != 0:
-            raise ValueError(
-                f"scale_kl: expected a 0-d tensor scale, got shape {tuple(value.shape)}. "
-                "Use pyro.poutine.mask or pyro.poutine.scale for weights per datum."
-            )
-        if not 0 <= float(value) < float("inf"):
-            raise ValueError(
-                f"scale_kl: expected a finite scale >= 0, got {float(value)}. "
-                "beta = 0 switches the KL off, beta = 1 gives the ELBO."
-            )
-        # The tensor itself is kept: a schedule updates it in place.
-        self.scale = value
+        self.scale = weight_of("scale_kl", "scale", scale)
 
     def _pyro_sample(self, msg: Any) -> None:
         if is_latent(msg):
@@ -104,9 +81,7 @@ class ScaleKLMessenger(Messenger):
             )
 
 
-def scale_kl(
-    fn: Callable[..., Any] | None = None, scale: float | torch.Tensor | HasValue | None = None
-) -> Any:
+def scale_kl(fn: Callable[..., Any] | None = None, scale: Weight | None = None) -> Any:
     r"""Multiplies the log-probability of every latent site by ``scale``.
 
     Around model *and* guide this is the beta-VAE objective, whichever ELBO evaluates it:

@@ -13,7 +13,13 @@ from pyro.poutine.messenger import Messenger
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-__all__ = ["Evaluating", "evaluation_mode", "root_modules", "without_side_effects"]
+__all__ = [
+    "Evaluating",
+    "evaluation_mode",
+    "root_modules",
+    "same_random_numbers_again",
+    "without_side_effects",
+]
 
 
 class Evaluating(Messenger):
@@ -109,3 +115,15 @@ def without_side_effects(*programs: Callable[..., Any]) -> Iterator[None]:
             for table, entries in zip(tables, before, strict=True):
                 table.clear()
                 table.update(entries)
+
+
+@contextmanager
+def same_random_numbers_again() -> Iterator[None]:
+    """Puts the random states of torch (all its devices), Python and numpy back."""
+    state = pyro.util.get_rng_state()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(cuda):
+        try:
+            yield
+        finally:
+            pyro.util.set_rng_state(state)

@@ -4,19 +4,27 @@ Particles add dimensions on the left, ``(*sample, batch, *event)``. Linear layer
 they are; convolutions and batch normalisation do not, so :class:`FlattenLeading` folds them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.conditional import ConditionalTransformModule
 from torch import nn
 from torch.nn.functional import softplus
+
+from pyro_vae.checks import check_at_least
+from pyro_vae.flows import ExactFlow
+from pyro_vae.mixtures import NormalMixture
 
 __all__ = [
     "MLP",
     "ConvDecoder",
     "ConvEncoder",
     "FlattenLeading",
+    "FlowEncoder",
+    "MixtureEncoder",
     "MultivariateNormalEncoder",
     "NormalEncoder",
 ]
@@ -235,3 +243,88 @@ class MultivariateNormalEncoder(nn.Module):
         diagonal = softplus(raw.diagonal(dim1=-2, dim2=-1)) + _SMALLEST_SCALE
         scale_tril = raw.tril(-1) + diagonal.diag_embed()
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+class FlowEncoder(nn.Module):
+    """Turns a network's output into a normalising flow over codes.
+
+    A standard normal goes through the transforms, bent by the context, then is shifted and
+    scaled for each row. So the transforms see values of order one, whatever the size of the codes.
+
+    Args:
+        net: Maps data to ``2 * latent_dim + context_dim`` numbers: the locs, the raw scales and
+            the context of the transforms.
+        latent_dim: Number of latents.
+        transforms: Pyro's conditional transforms, applied in this order, see ``pyro_vae.flows``.
+
+    Example:
+        >>> from pyro_vae.flows import inverse_autoregressive
+        >>> transforms = inverse_autoregressive(3, context_dim=8)
+        >>> q = FlowEncoder(MLP(64, [32], 2 * 3 + 8), 3, transforms)(torch.zeros(5, 64))
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([3]))
+    """
+
+    def __init__(self, net: nn.Module, latent_dim: int, transforms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        check_at_least("FlowEncoder", "latent_dim", latent_dim, 1)
+        for transform in transforms:
+            if not isinstance(transform, ConditionalTransformModule):
+                raise TypeError(
+                    "FlowEncoder: expected conditional transforms, got "
+                    f"{type(transform).__name__}. Use those of pyro_vae.flows or the "
+                    "conditional_* functions of pyro.distributions.transforms."
+                )
+        self.net, self.latent_dim = net, latent_dim
+        self.transforms = nn.ModuleList(transforms)
+
+    def forward(self, x: torch.Tensor) -> dist.TorchDistribution:
+        """Encodes ``x`` into a distribution of batch ``(*sample, batch)``."""
+        out, size = self.net(x), self.latent_dim
+        if out.shape[-1] <= 2 * size:
+            raise ValueError(
+                f"FlowEncoder: expected more than {2 * size} outputs for latent_dim={size}, got "
+                f"{out.shape[-1]}. Give the network 2 * latent_dim + context_dim outputs."
+            )
+        loc, raw_scale, context = out.split([size, size, out.shape[-1] - 2 * size], dim=-1)
+        scale = softplus(raw_scale) + _SMALLEST_SCALE
+        standard = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        affine = dist.transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1)
+        conditional: Iterable[Any] = self.transforms
+        transforms = [transform.condition(context) for transform in conditional]
+        return ExactFlow(standard, [*transforms, affine])
+
+
+class MixtureEncoder(nn.Module):
+    """Turns a network's output into a mixture of diagonal normal distributions over codes.
+
+    Args:
+        net: Maps data to ``num_components * (1 + 2 * latent_dim)`` numbers: the logits of the
+            weights, then the locs and the raw scales of every component.
+        num_components: Number of components.
+
+    Example:
+        >>> q = MixtureEncoder(MLP(64, [32], 4 * (1 + 2 * 3)), 4)(torch.zeros(5, 64))
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([3]))
+    """
+
+    def __init__(self, net: nn.Module, num_components: int) -> None:
+        super().__init__()
+        check_at_least("MixtureEncoder", "num_components", num_components, 1)
+        self.net, self.num_components = net, num_components
+
+    def forward(self, x: torch.Tensor) -> dist.TorchDistribution:
+        """Encodes ``x`` into a distribution of batch ``(*sample, batch)``."""
+        out, num = self.net(x), self.num_components
+        rest = out.shape[-1] - num
+        if rest <= 0 or rest % (2 * num):
+            raise ValueError(
+                f"MixtureEncoder: expected {num} * (1 + 2 * latent_dim) outputs for "
+                f"num_components={num}, got {out.shape[-1]}. Each component takes a logit, "
+                "latent_dim locs and as many scales."
+            )
+        logits, loc, raw_scale = out.split([num, rest // 2, rest // 2], dim=-1)
+        loc, raw_scale = loc.unflatten(-1, (num, -1)), raw_scale.unflatten(-1, (num, -1))
+        components = dist.Normal(loc, softplus(raw_scale) + _SMALLEST_SCALE).to_event(1)
+        return NormalMixture(dist.Categorical(logits=logits), components)

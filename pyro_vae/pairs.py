@@ -1,5 +1,6 @@
 """One execution of a model and its guide, checked: that they belong together and fit the data."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro_vae.checks import check_arguments, check_observations, explained
 from pyro_vae.traces import (
     DataPlates,
+    Plate,
     Site,
     frames,
     is_latent,
@@ -20,7 +22,7 @@ from pyro_vae.traces import (
     sites_of,
 )
 
-__all__ = ["Pair", "data_plates", "trace_pair"]
+__all__ = ["Pair", "common_plates", "data_plates", "trace_pair"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,29 @@ def trace_pair(model: Any, guide: Any, args: Any, kwargs: Any, where: str) -> Pa
     enumerated = _check_latents(guide_trace, model_trace, where)
     check_observations(where, sites_of(model_trace, is_observed))
     return Pair(guide_trace, model_trace, enumerated)
+
+
+def common_plates(
+    model: Iterable[frozenset[Plate]], guide: Iterable[frozenset[Plate]]
+) -> DataPlates:
+    """The plates around every site of model and guide, which may be none.
+
+    Plates of model and guide need not share names: they are matched by dimension and size.
+
+    Args:
+        model: The plates around each site of the model.
+        guide: The same for the guide.
+    """
+    model = list(model)
+    around = [{(f.dim, f.size) for f in plates} for plates in (*model, *guide)]
+    common = set.intersection(*around) if around else set()
+    found = {f.dim: f for plates in model for f in plates if (f.dim, f.size) in common}
+    ordered = [found[dim] for dim in sorted(found)]
+    return DataPlates(
+        names=tuple(f.name for f in ordered),
+        dims=tuple(f.dim for f in ordered),
+        sizes=tuple(f.size for f in ordered),
+    )
 
 
 def data_plates(pair: Pair, where: str) -> DataPlates:

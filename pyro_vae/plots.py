@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from pyro_vae.evaluation import RateDistortionPoint
     from pyro_vae.history import History
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "plot_history",
     "plot_images",
     "plot_loadings",
+    "plot_rate_distortion",
     "plot_reconstructions",
 ]
 
@@ -120,6 +122,95 @@ def plot_bounds(
     ax.set(xscale="log", xlabel="particles K", ylabel="bound (nats per datum)")
     ax.legend(frameon=False, fontsize="small")
     return ax
+
+
+def plot_rate_distortion(
+    points: "Sequence[RateDistortionPoint]",
+    *,
+    entropy: float | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Models in the plane of rate and distortion, with lines of equal ELBO behind them.
+
+    Bars are standard errors over the data. The points are joined in the order given.
+
+    Args:
+        points: From ``rate_distortion``.
+        entropy: E[-log p(x)] of the data where it is known, nats per datum: no model lies below
+            the line distortion = entropy - rate, drawn in black.
+        ax: Where to draw; a new figure by default.
+
+    Example:
+        >>> from matplotlib import pyplot as plt
+        >>> from pyro_vae.evaluation import RateDistortionPoint
+        >>> ax = plot_rate_distortion([RateDistortionPoint(1.0, 5, 80, -85, 0.1, 1, 1, 100)])
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('rate (nats per datum)', 'distortion (nats per datum)')
+        >>> plt.close()
+
+    References:
+        Alemi et al. (2018), Fixing a broken ELBO, figure 1, https://arxiv.org/abs/1711.00464
+    """
+    ax = _axes(ax)
+    x, y = [p.rate for p in points], [p.distortion for p in points]
+    x_errors = [p.rate_standard_error for p in points]
+    y_errors = [p.distortion_standard_error for p in points]
+    ax.errorbar(x, y, xerr=x_errors, yerr=y_errors, fmt="o-", color="C0", markersize=4)
+    ax.margins(0.12)
+    limits = ax.get_xlim(), ax.get_ylim()
+    _annotate_betas(ax, points)
+    _draw_equal_elbos(ax)
+    if entropy is not None:
+        ax.axline((0, entropy), slope=-1, color="black", linewidth=1, label="entropy of the data")
+        ax.legend(frameon=False, fontsize="small")
+    ax.set(xlim=limits[0], ylim=limits[1])
+    ax.set(xlabel="rate (nats per datum)", ylabel="distortion (nats per datum)")
+    return ax
+
+
+def _annotate_betas(ax: "Axes", points: "Sequence[RateDistortionPoint]") -> None:
+    """One label for neighbours so close that theirs would cover one another."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    groups: list[list[RateDistortionPoint]] = []
+    for point in points:
+        last = groups[-1][0] if groups else None
+        near = last is not None and (
+            abs(point.rate - last.rate) < 0.1 * (right - left)
+            and abs(point.distortion - last.distortion) < 0.05 * (top - bottom)
+        )
+        if near:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    for group in groups:
+        text = "$\\beta$ = " + ", ".join(f"{point.beta:g}" for point in group)
+        at = group[0].rate, group[0].distortion
+        ax.annotate(text, at, xytext=(6, 5), textcoords="offset points", fontsize="small")
+
+
+def _draw_equal_elbos(ax: "Axes") -> None:
+    """Lines of equal rate + distortion, with the ELBO at the lower end of each."""
+    from matplotlib.ticker import MaxNLocator
+
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    for total in MaxNLocator(8).tick_values(left + bottom, right + top):
+        ax.axline((0, total), slope=-1, color="0.75", linewidth=0.8, linestyle=":", zorder=0)
+        end = min(right, total - bottom)
+        if not left + 0.15 * (right - left) < end or total - end > top:
+            continue  # No room for the words.
+        ax.text(
+            end,
+            total - end,
+            f"ELBO {-total:g} ",
+            rotation=-45,
+            rotation_mode="anchor",
+            transform_rotates_text=True,
+            ha="right",
+            va="bottom",
+            color="0.55",
+            fontsize="x-small",
+            zorder=0,
+        )
 
 
 def _canvas(

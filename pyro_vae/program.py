@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pyro.nn import PyroModule
 
-__all__ = ["Program"]
+__all__ = ["Program", "new_name"]
 
 _created: Counter[str] = Counter()
 
@@ -24,7 +24,7 @@ class Program(PyroModule):
     """
 
     def __init__(self, name: str | None = None) -> None:
-        super().__init__(name or _new_name(type(self).__name__))
+        super().__init__(name or new_name(type(self).__name__))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copy = type(self).__new__(type(self))
@@ -38,13 +38,14 @@ class Program(PyroModule):
         is_part = any(name and old.startswith(f"{name}.") for name in others)
         has_sites = any(part._pyro_samples for part in parts)  # Their names are the parameters'.
         if not is_part and not has_sites:
-            new = _new_name(type(self).__name__)
+            new = new_name(type(self).__name__)
             for part in parts:
                 part._pyro_name = new + part._pyro_name.removeprefix(old)
         return copy
 
 
-def _new_name(class_name: str) -> str:
+def new_name(class_name: str) -> str:
+    """A name that no other program has: "VAE", then "VAE_2" and so on."""
     _created[class_name] += 1
     number = _created[class_name]
     return class_name if number == 1 else f"{class_name}_{number}"

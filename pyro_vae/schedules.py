@@ -3,11 +3,50 @@
 A captured graph, ``scale_kl`` or an objective holds the tensor, so all see the new value.
 """
 
+import math
 from abc import ABC, abstractmethod
+from typing import Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["Constant", "Cyclical", "LinearWarmup", "Schedule"]
+__all__ = ["Constant", "Cyclical", "LinearWarmup", "Schedule", "Weight", "weight_of"]
+
+
+@runtime_checkable
+class HasValue(Protocol):
+    """Anything with a 0-d tensor ``value``, such as a schedule."""
+
+    value: torch.Tensor
+
+
+Weight = float | torch.Tensor | HasValue
+"""What a user may pass as the weight of a term."""
+
+
+def weight_of(where: str, name: str, weight: Weight) -> float | torch.Tensor:
+    """The number, or the 0-d tensor itself: a schedule updates its own in place.
+
+    Raises:
+        TypeError: If ``weight`` is no number, tensor or schedule.
+        ValueError: If it is negative, not finite or not 0-d.
+    """
+    value = weight.value if isinstance(weight, HasValue) else weight
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
+        raise TypeError(
+            f"{where}: expected {name} to be a number, a 0-d tensor or a schedule, got "
+            f"{type(weight).__name__}. Pass {name}=0.5, for instance."
+        )
+    if isinstance(value, torch.Tensor) and value.dim() != 0:
+        raise ValueError(
+            f"{where}: expected a 0-d tensor {name}, got shape {tuple(value.shape)}. "
+            "Use pyro.poutine.mask or pyro.poutine.scale for weights per datum."
+        )
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(
+            f"{where}: expected a finite {name} >= 0, got {float(value)}. "
+            "0 switches a term off, 1 leaves it as it is."
+        )
+    return value
 
 
 class Schedule(ABC):

@@ -3,6 +3,8 @@
 Nothing here depends on the names a program gives its sites and plates.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,8 +24,10 @@ __all__ = [
     "is_random",
     "layers",
     "masked",
+    "plates_over_data",
     "site_log_prob",
     "sites_of",
+    "subsampling",
 ]
 
 Site = Any
@@ -99,6 +103,27 @@ def frames(site: Site) -> frozenset[Plate]:
         for f in site["cond_indep_stack"]
         if f.vectorized
     )
+
+
+def subsampling(plates: Iterable[Plate]) -> float:
+    """By how much a subsample within these plates is scaled up."""
+    return math.prod(plate.full_size / plate.size for plate in plates)
+
+
+def plates_over_data(
+    around: Iterable[frozenset[Plate]], observed: Iterable[frozenset[Plate]]
+) -> frozenset[Plate]:
+    """The plates over the data: of those around observed sites, the ones all local sites share.
+
+    A plate around no observed site, such as one over the components of a mixture, holds no data.
+
+    Args:
+        around: The plates around each random site.
+        observed: Those around each observed site.
+    """
+    of_data = frozenset[Plate]().union(*observed)
+    local = [plates & of_data for plates in around if plates & of_data]
+    return frozenset.intersection(*local) if local else frozenset()
 
 
 @dataclass(frozen=True)

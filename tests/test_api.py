@@ -22,14 +22,46 @@ NAMES = {
         "to_inference_data",
     ],
     "pyro_vae.schedules": ["Constant", "Cyclical", "LinearWarmup"],
-    "pyro_vae.models": ["GaussianMixture", "LinearGaussian", "VAE"],
+    "pyro_vae.models": ["GaussianMixture", "HierarchicalVAE", "LinearGaussian", "VAE"],
     "pyro_vae.guides": [
+        "AmortizedBottomUp",
+        "AmortizedFlow",
+        "AmortizedLadder",
+        "AmortizedMixture",
         "AmortizedMultivariateNormal",
         "AmortizedNormal",
         "ExactGaussianMixture",
         "ExactLinearGaussian",
     ],
-    "pyro_vae.priors": ["StandardNormalPrior"],
+    "pyro_vae.objectives": [
+        "TraceCapacity_ELBO",
+        "TraceDIP_ELBO",
+        "TraceFactor_ELBO",
+        "TraceFreeBits_ELBO",
+        "TraceGECO_ELBO",
+        "TraceIWAE_ELBO",
+        "TraceMMD_ELBO",
+        "TraceTotalCorrelation_ELBO",
+    ],
+    "pyro_vae.evaluation": [
+        "active_units",
+        "aggregate_posterior",
+        "beta_vae_score",
+        "dci",
+        "elbo_terms",
+        "factor_vae_score",
+        "mutual_information_gap",
+        "posterior_collapse",
+        "rate_distortion",
+        "sap_score",
+    ],
+    "pyro_vae.priors": [
+        "FlowPrior",
+        "GaussianMixturePrior",
+        "HierarchicalPrior",
+        "StandardNormalPrior",
+        "VampPrior",
+    ],
     "pyro_vae.likelihoods": [
         "Bernoulli",
         "Categorical",
@@ -47,7 +79,7 @@ NAMES = {
         "ppca",
         "ppca_em",
     ],
-    "pyro_vae.datasets": ["Batches", "binarize", "load_digits", "load_mnist"],
+    "pyro_vae.datasets": ["Batches", "binarize", "load_digits", "load_mnist", "load_sprites"],
     "pyro_vae.latents": [
         "decode",
         "encode",
@@ -155,4 +187,7 @@ def test_all_programs_are_modules() -> None:
     for name in ("pyro_vae.models", "pyro_vae.guides"):
         module = importlib.import_module(name)
         for entry in module.__all__:
-            assert issubclass(getattr(module, entry), torch.nn.Module)
+            program = getattr(module, entry)
+            if not isinstance(program, type):  # A function that composes one.
+                program = inspect.signature(program).return_annotation
+            assert issubclass(program, torch.nn.Module)

@@ -9,13 +9,18 @@ from pyro.infer import TraceEnum_ELBO
 
 import pyro_vae.guides
 from pyro_vae import likelihoods
+from pyro_vae.flows import inverse_autoregressive, neural_spline
 from pyro_vae.guides import (
+    AmortizedBottomUp,
+    AmortizedFlow,
+    AmortizedLadder,
+    AmortizedMixture,
     AmortizedMultivariateNormal,
     AmortizedNormal,
     ExactGaussianMixture,
     ExactLinearGaussian,
 )
-from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
+from pyro_vae.models import VAE, GaussianMixture, HierarchicalVAE, LinearGaussian
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.priors import StandardNormalPrior
 
@@ -50,6 +55,33 @@ def exact_mixture(covariance: Any) -> tuple[GaussianMixture, ExactGaussianMixtur
     return model, ExactGaussianMixture(model)
 
 
+def tanh_mlp(*args: Any) -> MLP:
+    return MLP(*args, activation=torch.nn.Tanh)
+
+
+def hierarchy(dims: list[int]) -> VAE:
+    decoder = tanh_mlp(dims[0], [7], 4)
+    return HierarchicalVAE(
+        dims, decoder, likelihoods.Normal(learn=True), hidden=[7], activation=torch.nn.Tanh
+    )
+
+
+def bottom_up(dims: list[int]) -> tuple[VAE, AmortizedBottomUp]:
+    widths = zip([4, *dims], dims, strict=False)
+    networks = [tanh_mlp(below, [7], 2 * above) for below, above in widths]
+    return hierarchy(dims), AmortizedBottomUp(networks)
+
+
+def ladder(dims: list[int]) -> tuple[VAE, AmortizedLadder]:
+    networks = [torch.nn.Sequential(MLP(4, [], 6), torch.nn.Tanh())]
+    networks += [tanh_mlp(6, [7], 6) for _ in dims[1:]]
+    model = hierarchy(dims)
+    return model, AmortizedLadder(model.prior, networks, [MLP(6, [], 2 * dim) for dim in dims])
+
+
+TWO = {"z1": (3,), "z2": (2,)}
+THREE = {"z1": (3,), "z2": (2,), "z3": (1,)}
+
 CASES = {
     "AmortizedNormal": Case(lambda: vae(AmortizedNormal(encoder(4))), normal_x),
     "AmortizedNormal, convolutional": Case(conv, images),
@@ -64,6 +96,19 @@ CASES = {
     "AmortizedMultivariateNormal": Case(
         lambda: vae(AmortizedMultivariateNormal(encoder(5), 2)), normal_x
     ),
+    "AmortizedFlow, inverse autoregressive": Case(
+        lambda: vae(AmortizedFlow(encoder(9), 2, inverse_autoregressive(2, 5, hidden=[8]))),
+        normal_x,
+    ),
+    "AmortizedFlow, spline": Case(
+        lambda: vae(AmortizedFlow(encoder(9), 2, neural_spline(2, 5, hidden=[8], num_bins=4))),
+        normal_x,
+    ),
+    "AmortizedMixture": Case(lambda: vae(AmortizedMixture(encoder(15), 3)), normal_x),
+    "AmortizedBottomUp, two layers": Case(lambda: bottom_up([3, 2]), normal_x, latents=TWO),
+    "AmortizedBottomUp, three layers": Case(lambda: bottom_up([3, 2, 1]), normal_x, latents=THREE),
+    "AmortizedLadder, two layers": Case(lambda: ladder([3, 2]), normal_x, latents=TWO),
+    "AmortizedLadder, three layers": Case(lambda: ladder([3, 2, 1]), normal_x, latents=THREE),
     "ExactLinearGaussian": Case(lambda: exact_linear("isotropic"), normal_x, data_only=True),
     "ExactLinearGaussian, diagonal": Case(
         lambda: exact_linear("diagonal"), normal_x, data_only=True

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
+from pyro_vae.flows import inverse_autoregressive, neural_spline
 from pyro_vae.nets import (
     MLP,
     ConvDecoder,
     ConvEncoder,
     FlattenLeading,
+    FlowEncoder,
+    MixtureEncoder,
     MultivariateNormalEncoder,
     NormalEncoder,
 )
@@ -110,6 +114,10 @@ def test_encoders_return_distributions(leading: tuple[int, ...]) -> None:
     for q in (
         NormalEncoder(MLP(4, [7], 6))(x),
         MultivariateNormalEncoder(MLP(4, [7], 9), 3)(x),
+        FlowEncoder(MLP(4, [7], 8), 3, inverse_autoregressive(3, 2))(x),
+        FlowEncoder(MLP(4, [7], 8), 3, neural_spline(3, 2))(x),
+        FlowEncoder(MLP(4, [7], 8), 3, [dist.transforms.conditional_spline(3, 2)])(x),
+        MixtureEncoder(MLP(4, [7], 2 * (1 + 2 * 3)), 2)(x),
     ):
         assert q.batch_shape == leading
         assert q.event_shape == (3,)
@@ -124,6 +132,10 @@ def test_scales_stay_positive(dtype: torch.dtype) -> None:
     assert (NormalEncoder(nn.Identity())(out).stddev > 0).all()
     out = torch.tensor([[0.0, 0.0, -1e4, 3.0, -1e4]], dtype=dtype)
     tril = MultivariateNormalEncoder(nn.Identity(), 2)(out).scale_tril
+    mixture = MixtureEncoder(nn.Identity(), 1)(out[:, [0, 1, 2]])
+    assert (mixture.component_distribution.base_dist.scale > 0).all()
+    flow = FlowEncoder(nn.Identity(), 1, [])(out[:, [0, 2, 3]])
+    assert flow.log_prob(torch.zeros(1, 1, dtype=dtype)).isfinite().all()
     assert (tril.diagonal(dim1=-2, dim2=-1) > 0).all()
     assert tril[0, 1, 0] == 3.0
     assert tril[0, 0, 1] == 0.0
@@ -135,3 +147,33 @@ def test_encoders_of_the_wrong_width() -> None:
     match = "MultivariateNormalEncoder: expected 9 outputs for latent_dim=3, got 8"
     with pytest.raises(ValueError, match=match):
         MultivariateNormalEncoder(MLP(4, [], 8), 3)(torch.zeros(2, 4))
+    mixture = "MixtureEncoder: expected 3 .* outputs for num_components=3, got"
+    for width in (3, 8, 12):
+        with pytest.raises(ValueError, match=f"{mixture} {width}"):
+            MixtureEncoder(MLP(4, [], width), 3)(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="MixtureEncoder: expected num_components >= 1, got 0"):
+        MixtureEncoder(MLP(4, [], 8), 0)
+    match = "FlowEncoder: expected more than 6 outputs for latent_dim=3, got 6"
+    with pytest.raises(ValueError, match=match):
+        FlowEncoder(MLP(4, [], 6), 3, inverse_autoregressive(3, 2))(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="FlowEncoder: expected latent_dim >= 1, got 0"):
+        FlowEncoder(MLP(4, [], 6), 0, [])
+    match = "FlowEncoder: expected conditional transforms, got AffineAutoregressive"
+    with pytest.raises(TypeError, match=match):
+        FlowEncoder(MLP(4, [], 6), 2, [dist.transforms.affine_autoregressive(2)])
+
+
+def test_a_mixture_is_what_its_network_says() -> None:
+    out = torch.tensor([[0.3, -0.4, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]])
+    q = MixtureEncoder(nn.Identity(), 2)(out)
+    normal = q.component_distribution.base_dist
+    torch.testing.assert_close(normal.loc, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    scale = nn.functional.softplus(torch.tensor([[[5.0, 6.0], [7.0, 8.0]]]))
+    torch.testing.assert_close(normal.scale, scale, rtol=0, atol=2e-6)
+    torch.testing.assert_close(q.mixture_distribution.probs, out[:, :2].softmax(-1))
+
+
+def test_a_flow_without_transforms_is_a_normal() -> None:
+    out, z = torch.randn(6, 7), torch.randn(6, 3)
+    q = FlowEncoder(nn.Identity(), 3, [])(out)
+    torch.testing.assert_close(q.log_prob(z), NormalEncoder(nn.Identity())(out[:, :6]).log_prob(z))

@@ -9,8 +9,10 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import AxLine
 
 from pyro_vae import History, plots
+from pyro_vae.evaluation import RateDistortionPoint
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +34,17 @@ def shown(ax: Axes) -> np.ndarray[Any, Any]:
     return np.ma.filled(image.get_array().astype(float), np.nan)
 
 
+def point(beta: float, rate: float, distortion: float) -> RateDistortionPoint:
+    errors = 0.5, 1.5, 2.0
+    return RateDistortionPoint(beta, rate, distortion, -rate - distortion, *errors, 100)
+
+
 CALLS: dict[str, Callable[[Axes | None], Axes]] = {
     "history": lambda ax: plots.plot_history({"A": History(loss=[2.0, 1.0])}, ax=ax),
     "em": lambda ax: plots.plot_em({"A": torch.tensor([-2.0, -1.0])}, ax=ax),
     "bounds": lambda ax: plots.plot_bounds([1, 10], {"A": [-2.0, -1.0]}, ax=ax),
     "images": lambda ax: plots.plot_images(images(), image_shape=(3, 4), ax=ax),
+    "rate_distortion": lambda ax: plots.plot_rate_distortion([point(1, 5.0, 80.0)], ax=ax),
     "reconstructions": lambda ax: plots.plot_reconstructions(images(3, 4), {}, ax=ax),
     "codes": lambda ax: plots.plot_codes(torch.randn(4, 2), torch.arange(4), ax=ax),
     "loadings": lambda ax: plots.plot_loadings(torch.randn(9, 2), ax=ax),
@@ -147,6 +155,45 @@ def test_bounds_lines() -> None:
     assert exact.get_color() == points.get_color()
     assert ax.get_xscale() == "log"
     assert ax.get_xlabel() == "particles K"
+
+
+def test_rate_distortion_points_and_bars() -> None:
+    ax = plots.plot_rate_distortion([point(0.5, 10.0, 20.0), point(4, 1.0, 40.0)])
+    line, _, (x_bars, y_bars) = ax.containers[0].lines
+    assert line.get_xdata().tolist() == [10.0, 1.0]
+    assert line.get_ydata().tolist() == [20.0, 40.0]
+    assert [bar[:, 0].tolist() for bar in x_bars.get_segments()] == [[9.5, 10.5], [0.5, 1.5]]
+    assert [bar[:, 1].tolist() for bar in y_bars.get_segments()] == [[18.5, 21.5], [38.5, 41.5]]
+    betas = [text for text in ax.texts if "beta" in text.get_text()]
+    assert [text.get_text() for text in betas] == [r"$\beta$ = 0.5", r"$\beta$ = 4"]
+    assert [text.xy for text in betas] == [(10.0, 20.0), (1.0, 40.0)]
+    assert ax.get_xlabel() == "rate (nats per datum)"
+    assert ax.get_ylabel() == "distortion (nats per datum)"
+    assert ax.get_legend() is None
+
+
+def test_labels_of_models_in_one_place_are_joined() -> None:
+    ax = plots.plot_rate_distortion(
+        [point(1, 9.0, 20.0), point(4, 0.01, 40.0), point(10, 0.0, 40.1)]
+    )
+    texts = [text.get_text() for text in ax.texts if "beta" in text.get_text()]
+    assert texts == [r"$\beta$ = 1", r"$\beta$ = 4, 10"]
+
+
+def test_lines_of_equal_elbo_and_entropy() -> None:
+    ax = plots.plot_rate_distortion([point(1, 10.0, 20.0), point(4, 1.0, 40.0)], entropy=25.0)
+    assert legend(ax) == ["entropy of the data"]
+    assert all(line.get_slope() == -1 for line in ax.lines if isinstance(line, AxLine))
+    (entropy,) = [line for line in ax.lines if line.get_label() == "entropy of the data"]
+    assert entropy.get_xy1() == (0, 25.0)
+    totals = [sum(line.get_xy1()) for line in ax.lines if line.get_linestyle() == ":"]
+    assert len(totals) > 3
+    words = [text for text in ax.texts if "ELBO" in text.get_text()]
+    assert words
+    for text in words:  # At the line they name.
+        total = -float(text.get_text().split()[1])
+        assert total in totals
+        assert sum(text.get_position()) == pytest.approx(total)
 
 
 # Images.

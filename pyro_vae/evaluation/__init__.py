@@ -1,7 +1,48 @@
 """Evaluation: functions of (model, guide, data) that never touch the parameters."""
 
+from pyro_vae.evaluation.active_units import ActiveUnits, active_units
+from pyro_vae.evaluation.aggregate import AggregatePosterior, aggregate_posterior
+from pyro_vae.evaluation.collapse import LatentUse, PosteriorCollapse, posterior_collapse
+from pyro_vae.evaluation.dci import DCIScore, dci
+from pyro_vae.evaluation.disentanglement import (
+    GapScore,
+    code_factor_information,
+    mutual_information_gap,
+    sap_score,
+)
+from pyro_vae.evaluation.elbo_terms import ElboTerms, elbo_terms
 from pyro_vae.evaluation.estimate import LogLikelihoodEstimate
+from pyro_vae.evaluation.fixed_factor import (
+    FixedFactorScore,
+    beta_vae_score,
+    factor_vae_score,
+)
 from pyro_vae.evaluation.likelihood import importance_weighted_log_likelihood
+from pyro_vae.evaluation.rate_distortion import RateDistortionPoint, rate_distortion
 from pyro_vae.evaluation.weights import pareto_k
 
-__all__ = ["LogLikelihoodEstimate", "importance_weighted_log_likelihood", "pareto_k"]
+__all__ = [
+    "ActiveUnits",
+    "AggregatePosterior",
+    "DCIScore",
+    "ElboTerms",
+    "FixedFactorScore",
+    "GapScore",
+    "LatentUse",
+    "LogLikelihoodEstimate",
+    "PosteriorCollapse",
+    "RateDistortionPoint",
+    "active_units",
+    "aggregate_posterior",
+    "beta_vae_score",
+    "code_factor_information",
+    "dci",
+    "elbo_terms",
+    "factor_vae_score",
+    "importance_weighted_log_likelihood",
+    "mutual_information_gap",
+    "pareto_k",
+    "posterior_collapse",
+    "rate_distortion",
+    "sap_score",
+]

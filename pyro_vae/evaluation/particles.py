@@ -4,17 +4,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer.inspect import TrackProvenance
-from pyro.ops.provenance import detach_provenance, get_provenance
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_vae.dependence import provenance
 from pyro_vae.evaluation.vectorised import Values, VectorisedProgram
 from pyro_vae.pairs import Pair
 from pyro_vae.traces import (
     DataPlates,
-    is_latent,
     is_observed,
     is_random,
     masked,
@@ -144,12 +141,7 @@ def _factorises(guide: Callable[[], Any], names: set[str]) -> bool:
     if len(names) == 1:
         return True
     try:
-        with TrackProvenance():
-            trace = poutine.trace(guide).get_trace()
-        return all(
-            names.isdisjoint(get_provenance(site["fn"].log_prob(detach_provenance(site["value"]))))
-            for site in sites_of(trace, is_latent).values()
-        )
+        return not any(provenance(guide).values())
     except Exception:  # Provenance does not pass every operation; not knowing costs only speed.
         return False
 

@@ -77,6 +77,11 @@ class VectorisedProgram:
         self._broadcasts: bool | None = None
         self._eps = 0.0  # Rounding of the coarsest dtype among the log-densities.
 
+    @property
+    def broadcasts(self) -> bool | None:
+        """Whether it takes all particles at once; ``None`` before that is known."""
+        return self._broadcasts
+
     def draw(self, num: int, given: Values | None = None) -> tuple[Values, torch.Tensor]:
         """Samples ``num`` particles: their values and log-densities ``(num, *data)``, nats.
 

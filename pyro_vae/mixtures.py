@@ -1,0 +1,64 @@
+"""Mixtures of diagonal normals with reparameterised samples."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+
+__all__ = ["NormalMixture"]
+
+
+class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]
+    r"""q(z) = sum_k w_k N(loc_k, diag scale_k^2), whose samples carry exact gradients.
+
+    The distribution functions :math:`F_d(z_d \mid z_1, \dots, z_{d-1})` of the mixture map its
+    samples to uniform ones, T(z) = u, and implicit differentiation at fixed u gives
+    :math:`dz = -(\partial T / \partial z)^{-1}\, dT`: of locs, scales and weights alike.
+    Pyro's ``MixtureOfDiagNormals`` has the same density, but wrong gradients of the weights.
+
+    The gradient of the weights rests on the samples between the components: the farther those
+    lie apart, the rarer and larger these contributions are.
+
+    Example:
+        >>> components = dist.Normal(torch.zeros(5, 4, 3), torch.ones(5, 4, 3)).to_event(1)
+        >>> NormalMixture(dist.Categorical(logits=torch.zeros(5, 4)), components).rsample().shape
+        torch.Size([5, 3])
+
+    References:
+        Figurnov et al. (2018), Implicit reparameterization gradients, section 3;
+        Graves (2016), Stochastic backpropagation through mixture density distributions.
+    """
+
+    has_rsample = True
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:
+        """Draws with gradients: ``(*sample_shape, *batch, dim)``."""
+        z: torch.Tensor = self.sample(sample_shape)
+        if not torch.is_grad_enabled():
+            return z
+        normal = self.component_distribution.base_dist
+        uniform, jacobian = self._to_uniform(z, normal.loc, normal.scale)
+        change = (uniform - uniform.detach()).unsqueeze(-1)  # Zero, but for its gradient.
+        moved = torch.linalg.solve_triangular(jacobian.detach(), change, upper=False)
+        return z - moved.squeeze(-1)
+
+    def _to_uniform(
+        self, z: torch.Tensor, loc: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """T(z), ``(..., dim)``, and its lower triangular Jacobian, ``(..., dim, dim)``.
+
+        Below, component k and dimension d are the last two dimensions, ``(..., K, dim)``.
+        """
+        standard = (z.unsqueeze(-2) - loc) / scale
+        log_density = dist.Normal(loc, scale).log_prob(z.unsqueeze(-2))
+        # Weights of the components given the coordinates before d.
+        before = log_density.cumsum(-1) - log_density
+        weights = (self.mixture_distribution.logits.unsqueeze(-1) + before).softmax(-2)
+        cdf = torch.special.ndtr(standard)
+        uniform = (weights * cdf).sum(-2)
+        with torch.no_grad():
+            density = (weights * log_density.exp()).sum(-2)
+            # dF_d / dz_i, i < d, through the weights: sum_k w_dk (Phi_dk - F_d) dlog N_ki / dz_i.
+            excess = weights * (cdf - uniform.unsqueeze(-2))
+            jacobian = excess.mT @ (-standard / scale)
+        return uniform, jacobian.tril(-1) + density.diag_embed()

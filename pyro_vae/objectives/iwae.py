@@ -1,0 +1,350 @@
+"""Importance-weighted bounds, and gradient estimators that improve with the particles."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pyro_vae.checks import check_at_least
+from pyro_vae.objectives.objective import (
+    Objective,
+    check_weight,
+    require_reparameterized,
+)
+from pyro_vae.pairs import Pair
+from pyro_vae.runs import Run
+from pyro_vae.schedules import Weight
+from pyro_vae.terms import Scales
+from pyro_vae.traces import Plate, is_latent, is_random, site_log_prob, sites_of
+
+__all__ = ["TraceIWAE_ELBO"]
+
+ESTIMATORS = ("standard", "stl", "dreg", "vimco")
+
+
+class TraceIWAE_ELBO(Objective):
+    r"""The importance-weighted bound of every datum, summed over the data.
+
+    .. math::
+        \sum_n s_n \, \log \frac{1}{K} \sum_{k=1}^K \frac{p(x_n, z_k)}{q(z_k \mid x_n)},
+        \qquad z_k \sim q(z \mid x_n)
+
+    The weights s_n of the data (subsampled plates, ``poutine.scale``) stand outside the
+    logarithm; ``scale_kl`` acts on the latents inside. K = 1 is the ELBO.
+
+    The estimators differ in the gradient, not in the bound:
+
+    - ``"standard"``: through reparameterised samples, and by the score function for the others.
+      The signal-to-noise ratio of the guide's gradient falls with K.
+    - ``"stl"``: without the score of the guide's density. At the exact posterior the guide's
+      gradient is zero; elsewhere it is biased for K > 1.
+    - ``"dreg"``: doubly reparameterised, unbiased; zero at the exact posterior, and its
+      signal-to-noise ratio rises with K.
+    - ``"vimco"``: as standard, the score function with leave-one-out control variates.
+
+    Args:
+        num_particles: K.
+        estimator: See above.
+        num_groups: M independent bounds of K particles each, averaged (MIWAE).
+        partial: Whether the model is trained by the one bound over all M K particles, while the
+            guide is by the average of the M (PIWAE); that one is then the reported bound.
+        elbo_weight: Weight in [0, 1] of the ELBO of the same particles, the rest being that of
+            the importance-weighted bound (CIWAE); a number, a 0-d tensor or a schedule.
+        vectorize_particles: Whether to run the particles at once in an outermost plate; by
+            default wherever that gives the numbers of single runs.
+        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+
+    Raises:
+        ValueError: While running, if a random site lies outside a subsampled plate, if a latent
+            is not in the guide, or if its samples have no gradient under "stl" or "dreg".
+
+    Example:
+        >>> import pyro, torch
+        >>> from pyro_vae.guides import ExactLinearGaussian
+        >>> from pyro_vae.models import LinearGaussian
+        >>> model, x = LinearGaussian(5, 2), torch.randn(7, 5)
+        >>> loss = TraceIWAE_ELBO(10).loss(model, ExactLinearGaussian(model), x)
+        >>> bool(abs(loss + model.log_prob(x).sum()) < 1e-3)  # the exact posterior: no gap
+        True
+
+    References:
+        Burda et al. (2016), Importance weighted autoencoders, https://arxiv.org/abs/1509.00519;
+        Roeder et al. (2017), Sticking the landing, https://arxiv.org/abs/1703.09194;
+        Tucker et al. (2019), Doubly reparameterized gradient estimators, equation 8,
+        https://arxiv.org/abs/1810.04152;
+        Rainforth et al. (2018), Tighter variational bounds are not necessarily better,
+        section 4, https://arxiv.org/abs/1802.04537;
+        Mnih and Rezende (2016), Variational inference for Monte Carlo objectives,
+        https://arxiv.org/abs/1602.06725.
+    """
+
+    def __init__(
+        self,
+        num_particles: int,
+        estimator: Literal["standard", "stl", "dreg", "vimco"] = "standard",
+        *,
+        num_groups: int = 1,
+        partial: bool = False,
+        elbo_weight: Weight = 0.0,
+        vectorize_particles: bool | None = None,
+        retain_graph: bool | None = None,
+    ) -> None:
+        super().__init__(
+            num_particles, vectorize_particles=vectorize_particles, retain_graph=retain_graph
+        )
+        check_at_least("TraceIWAE_ELBO", "num_groups", num_groups, 1)
+        if estimator not in ESTIMATORS:
+            raise ValueError(
+                f"TraceIWAE_ELBO: expected estimator in {list(ESTIMATORS)}, got {estimator!r}. "
+                "All give the same bound; they differ in its gradient."
+            )
+        if estimator == "vimco" and num_particles == 1:
+            raise ValueError(
+                "TraceIWAE_ELBO: expected num_particles >= 2 for estimator='vimco', got 1. Each "
+                "particle is compared with the others of its group."
+            )
+        self.estimator, self.num_groups, self.partial = estimator, num_groups, partial
+        self.elbo_weight = check_weight("TraceIWAE_ELBO", "elbo_weight", elbo_weight)
+        # A number 0 leaves the ELBO out; a tensor may become another.
+        self._has_elbo = not isinstance(elbo_weight, int | float) or elbo_weight > 0
+        if self.elbo_weight > 1:
+            raise ValueError(
+                f"TraceIWAE_ELBO: expected elbo_weight <= 1, got {float(self.elbo_weight)}. "
+                "1 is the ELBO, 0 the importance-weighted bound."
+            )
+
+    @property
+    def _linked(self) -> bool:
+        return self.partial or self.estimator in ("stl", "dreg")
+
+    @property
+    def _total_particles(self) -> int:
+        return self.num_particles * self.num_groups
+
+    def _check(self, pair: Pair) -> None:
+        if self.estimator in ("stl", "dreg"):
+            fix = "Use estimator='vimco', or a distribution with rsample."
+            require_reparameterized(pair, f"TraceIWAE_ELBO(estimator='{self.estimator}')", fix)
+
+    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        draws = _Draws.of(runs)
+        shape = self.num_groups, self.num_particles, *draws.log_p.shape[1:]
+        log_w = (draws.log_p - draws.log_q).detach().reshape(shape)
+        bounds = log_w.logsumexp(1) - math.log(self.num_particles)
+        bound = self._combine(bounds, log_w.mean(1)).mean(0)
+        if self.partial:
+            whole = log_w.flatten(0, 1).logsumexp(0) - math.log(self._total_particles)
+            bound = self._combine(whole, log_w.mean((0, 1)))
+        loss = -draws.scales.total(bound)
+        if not training:
+            return loss, loss
+        return loss, -self._surrogate(draws, log_w)
+
+    def _combine(self, of_bound: torch.Tensor, of_elbo: torch.Tensor | float) -> torch.Tensor:
+        """Convex combination of what belongs to the importance-weighted bound and to the ELBO."""
+        if not self._has_elbo:  # The ELBO may be -inf where the bound is not.
+            return of_bound
+        weight = self.elbo_weight.to(of_bound)
+        return (1 - weight) * of_bound + weight * of_elbo
+
+    def _surrogate(self, draws: "_Draws", log_w: torch.Tensor) -> torch.Tensor:
+        """What has the gradient of the estimator.
+
+        It is a sum over particles, with coefficients for the model's parameters (``of_model``)
+        and, through the samples, for the guide's (``of_path``).
+        """
+        normalized, equal = log_w.softmax(1), 1 / self.num_particles
+        of_guide = self._combine(normalized, equal) / self.num_groups
+        of_path = of_model = of_guide
+        if self.estimator == "dreg":
+            of_path = self._combine(normalized.square(), equal) / self.num_groups
+        if self.partial:
+            of_model = self._combine(log_w.flatten(0, 1).softmax(0), 1 / self._total_particles)
+        of_guide, of_path, of_model = (
+            coefficient.reshape(draws.log_p.shape) for coefficient in (of_guide, of_path, of_model)
+        )
+
+        total = draws.sum(of_model, draws.log_p)
+        if self.partial:
+            # Model and samples have coefficients of their own: two ways back through the model.
+            total = total + draws.along_samples(of_path, draws.log_p, to_model=True)
+            draws.weigh(torch.zeros_like(of_path))
+        elif self.estimator == "dreg":
+            # One way back: a particle's samples reach only its own log p.
+            ratio = (of_path / of_model).nan_to_num(nan=0.0)  # Both underflow together.
+            draws.weigh(ratio)
+        if self.estimator in ("stl", "dreg"):
+            total = total - draws.along_samples(of_path, draws.log_q)
+        else:
+            total = total - draws.sum(of_guide, draws.log_q)
+        if draws.score is not None:
+            signal = self._signal(log_w).reshape(draws.log_p.shape)
+            total = total + draws.sum(signal, draws.score)
+        return total
+
+    def _signal(self, log_w: torch.Tensor) -> torch.Tensor:
+        """What the score of each particle is multiplied with."""
+        bound = log_w.logsumexp(1, keepdim=True) - math.log(self.num_particles)
+        own = log_w / self.num_particles
+        if self.estimator == "vimco":
+            without_own, others = _leave_one_out(log_w)
+            bound = bound - without_own
+            own = own - others / self.num_particles
+        return self._combine(bound.expand(log_w.shape), own) / self.num_groups
+
+
+def _leave_one_out(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bound without each particle, its log-weight replaced by the mean of the others'.
+
+    Args:
+        log_w: Log-weights, ``(M, K, ...)``.
+
+    Returns:
+        Those bounds and those means, both ``(M, K, ...)``. They are put together from what lies
+        before and after a particle: a difference of sums would lose it beside larger ones.
+    """
+    num = log_w.shape[1]
+
+    def before(cumulated: torch.Tensor, nothing: float) -> torch.Tensor:
+        start = torch.full_like(cumulated[:, :1], nothing)
+        return torch.cat([start, cumulated[:, :-1]], 1)
+
+    back = log_w.flip(1)
+    means = before(log_w.cumsum(1), 0.0) + before(back.cumsum(1), 0.0).flip(1)
+    means = means / (num - 1)
+    rest = torch.logaddexp(
+        before(log_w.logcumsumexp(1), -math.inf),
+        before(back.logcumsumexp(1), -math.inf).flip(1),
+    )
+    return torch.logaddexp(rest, means) - math.log(num), means
+
+
+def _refuse_shared(around: dict[str, frozenset[Plate]], common: set[int]) -> None:
+    """Raises if a site lies outside a subsampled plate, or a subsampled plate within a datum."""
+    for plate in frozenset[Plate]().union(*around.values()):
+        if plate.full_size == plate.size or plate.dim in common:
+            continue
+        outside = [name for name, plates in around.items() if plate not in plates]
+        raise ValueError(
+            f"TraceIWAE_ELBO: expected every random site inside the subsampled plate "
+            f"'{plate.name}', got site '{outside[0]}' outside it: a weight that its rows share "
+            "cannot be estimated from a subsample. Give all rows at once, or train with Trace_ELBO."
+        )
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """All particles' log-densities, ``(num, *plates)`` with a 1 for all plates but the data's.
+
+    Attributes:
+        runs: Where they come from.
+        scales: Weights of data and sites.
+        log_p: Of the model.
+        log_q: Of the guide.
+        score: Of the guide's sites without reparameterised samples, if there are any.
+    """
+
+    runs: list[Run]
+    scales: Scales
+    log_p: torch.Tensor
+    log_q: torch.Tensor
+    score: torch.Tensor | None
+
+    @staticmethod
+    def of(runs: list[Run]) -> "_Draws":
+        first = runs[0]
+        of_model = sites_of(first.model_trace, is_random)
+        of_guide = sites_of(first.guide_trace, is_random)
+        around = {n: first.plates(s) for n, s in (of_guide | of_model).items()}
+        # The guide may call the plates of the model by other names.
+        in_guide = [{(p.dim, p.size) for p in first.plates(s)} for s in of_guide.values()]
+        of_data = frozenset(
+            plate
+            for plate in frozenset.intersection(*map(first.plates, of_model.values()))
+            if all((plate.dim, plate.size) in plates for plates in in_guide)
+        )
+        _refuse_shared(around, {plate.dim for plate in of_data})
+        scales = Scales(first, of_data)
+        scored = [n for n, s in sites_of(first.guide_trace, is_latent).items() if not _has_path(s)]
+        return _Draws(
+            runs,
+            scales,
+            torch.cat([_log_density(run, "model", scales, list(of_model)) for run in runs]),
+            torch.cat([_log_density(run, "guide", scales, list(of_guide)) for run in runs]),
+            torch.cat([_log_density(run, "guide", scales, scored, weighted=False) for run in runs])
+            if scored
+            else None,
+        )
+
+    def sum(self, coefficient: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over particles and data, each datum with its own weight besides."""
+        # A particle without weight has a density of 0, whose logarithm is infinite.
+        weighted = torch.where(coefficient == 0, coefficient, coefficient * values)
+        return self.scales.total(weighted.sum(0))
+
+    def weigh(self, weight: torch.Tensor) -> None:
+        """Multiplies the gradients that come back from the model into the samples."""
+        start = 0
+        for run in self.runs:
+            if run.links is not None:
+                run.links.valve.weight = weight[start : start + run.num_particles]
+            start += run.num_particles
+
+    def along_samples(
+        self, coefficient: torch.Tensor, values: torch.Tensor, *, to_model: bool = False
+    ) -> torch.Tensor:
+        """A number with that gradient of ``sum`` which flows through the samples.
+
+        Args:
+            coefficient: Weights of the particles, ``(num, *plates)``.
+            values: Log-densities, ``(num, *plates)``.
+            to_model: Whether they are the model's, which sees the samples behind the joints.
+        """
+        links = [run.links for run in self.runs if run.links is not None]
+        pairs = [
+            (joint, link.upstream[name])
+            for link in links
+            for name, joint in (link.downstream if to_model else link.upstream).items()
+        ]
+        total = values.new_zeros(())
+        if not pairs or not values.requires_grad:  # A point mass has no density to follow.
+            return total
+        for link in links:
+            link.valve.closed = True
+        grads = torch.autograd.grad(
+            self.sum(coefficient, values),
+            [joint for joint, _ in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for link in links:
+            link.valve.closed = False
+        for grad, (_, sample) in zip(grads, pairs, strict=True):
+            if grad is not None:
+                # Minus its own value: only the gradient is wanted.
+                total = total + (grad.detach() * (sample - sample.detach())).sum()
+        return total
+
+
+def _has_path(site: object) -> bool:
+    return bool(site["fn"].has_rsample)  # type: ignore[index]
+
+
+def _log_density(
+    run: Run, role: str, scales: Scales, names: list[str], *, weighted: bool = True
+) -> torch.Tensor:
+    """Log-density of some sites, ``(num, *plates)`` with a 1 for all plates but the data's."""
+    trace = run.model_trace if role == "model" else run.guide_trace
+    total = None
+    for name in names:
+        site = trace.nodes[name]
+        values = run.spread(site_log_prob(site), site)
+        if weighted:
+            values = values * scales.of_site(site)
+        others = [d for d in range(-run.nesting, 0) if d not in scales.dims]
+        values = values.sum(others, keepdim=True) if others else values
+        total = values if total is None else total + values
+    if total is None:  # A guide without latents.
+        total = torch.zeros(run.num_particles, *(1,) * run.nesting)
+    return total

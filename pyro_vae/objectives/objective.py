@@ -1,0 +1,152 @@
+"""The common root of the objectives: losses for ``pyro.infer.SVI``."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.util import warn_if_nan
+
+from pyro_vae.checks import check_at_least
+from pyro_vae.pairs import Pair
+from pyro_vae.runs import Run, Runner
+from pyro_vae.schedules import Weight, weight_of
+from pyro_vae.traces import is_random, sites_of
+
+__all__ = ["Objective", "check_weight", "require_reparameterized"]
+
+Program = Callable[..., Any]
+
+
+class Objective(ELBO):
+    """Abstract: reports the negative bound of the programs, trains by a loss of its own.
+
+    ``loss`` is the negative lower bound on log p(x) in nats, summed over all data, in which the
+    scales of the programs count, as in Pyro's own ELBOs, and the weights of the objective do
+    not. The gradient is that of the training loss. The first call with a pair of programs looks
+    at them once, without effect on parameters or random numbers, to say in plain words what
+    does not fit.
+
+    Args:
+        num_particles: Samples from the guide.
+        vectorize_particles: Whether to run them at once in an outermost plate; by default
+            wherever that gives the numbers of single runs, tested at the first call.
+        retain_graph: Whether ``loss_and_grads`` keeps the autograd graph.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        vectorize_particles: bool | None = None,
+        retain_graph: bool | None = None,
+    ) -> None:
+        check_at_least(type(self).__name__, "num_particles", num_particles, 1)
+        super().__init__(num_particles=num_particles, retain_graph=retain_graph)
+        self.vectorize_particles = vectorize_particles
+        self._runner: Runner | None = None
+
+    @abstractmethod
+    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The negative bound and the training loss, both 0-d; the latter only if training."""
+
+    def _check(self, pair: Pair) -> None:
+        """Raises where the objective cannot take a pair of programs."""
+
+    def _update(self, runs: list[Run]) -> None:
+        """Advances what the objective itself learns, once for every gradient of training."""
+
+    @property
+    def _linked(self) -> bool:
+        """Whether the training loss needs joints between guide and model."""
+        return False
+
+    @property
+    def _total_particles(self) -> int:
+        return self.num_particles
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        (run,) = self._runs(model, guide, args, kwargs, training=False)
+        return run.model_trace, run.guide_trace
+
+    def _runs(
+        self, model: Program, guide: Program, args: Any, kwargs: Any, *, training: bool
+    ) -> list[Run]:
+        known = self._runner
+        # Equal, not identical: a bound method is another object each time it is asked for.
+        if known is None or (known.model, known.guide) != (model, guide):
+            known = Runner(
+                model,
+                guide,
+                args,
+                kwargs,
+                num_particles=self._total_particles,
+                vectorize=self.vectorize_particles,
+                where=type(self).__name__,
+                check=self._check,
+            )
+            self._runner = known
+        return list(known.runs(args, kwargs, linked=training and self._linked))
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The negative bound, nats, summed over all data."""
+        with torch.no_grad():
+            runs = self._runs(model, guide, args, kwargs, training=False)
+            bound, _ = self._losses(runs, training=False)
+        return _item(bound)
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """A 0-d tensor with the value of the negative bound and the gradient of training."""
+        training = torch.is_grad_enabled()
+        runs = self._runs(model, guide, args, kwargs, training=training)
+        bound, training_loss = self._losses(runs, training=training)
+        warn_if_nan(training_loss.detach(), "loss")
+        if training:
+            self._update(runs)
+        return bound.detach() + (training_loss - training_loss.detach())
+
+    def training_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The loss that training minimises, with its own value and gradient, 0-d, nats."""
+        runs = self._runs(model, guide, args, kwargs, training=True)
+        return self._losses(runs, training=True)[1]
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Adds the gradient of training to the parameters' and returns the negative bound."""
+        runs = self._runs(model, guide, args, kwargs, training=True)
+        bound, training_loss = self._losses(runs, training=True)
+        if training_loss.requires_grad:
+            training_loss.backward(retain_graph=self.retain_graph)
+        self._update(runs)
+        return _item(bound)
+
+
+def _item(bound: torch.Tensor) -> float:
+    warn_if_nan(bound.detach(), "loss")
+    return float(bound.detach())
+
+
+def require_reparameterized(pair: Pair, where: str, fix: str) -> None:
+    """Raises if a site of the guide has no reparameterised samples.
+
+    Args:
+        pair: An execution of model and guide.
+        where: The objective, for the message.
+        fix: What to do instead.
+    """
+    for name, site in sites_of(pair.guide_trace, is_random).items():  # A factor's, too.
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"{where}: expected a reparameterised guide, got site '{name}' of "
+                f"{type(site['fn']).__name__}, whose samples have no gradient. {fix}"
+            )
+
+
+def check_weight(where: str, name: str, weight: Weight) -> torch.Tensor:
+    """A weight of an objective as a 0-d tensor, see :func:`pyro_vae.schedules.weight_of`."""
+    value = weight_of(where, name, weight)
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,289 @@
+"""Guide and model run for training: on one particle, or on a plate of them."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_vae.evaluation.vectorised import VectorisedProgram
+from pyro_vae.isolation import same_random_numbers_again, without_side_effects
+from pyro_vae.pairs import Pair, common_plates, trace_pair
+from pyro_vae.traces import Plate, Site, frames, is_latent, is_random, sites_of, subsampling
+
+__all__ = ["Links", "Run", "Runner"]
+
+_PARTICLES = "_pyro_vae_particles"
+
+
+class Links(Messenger):
+    """Puts a joint at every latent of a guide, where gradients can be stopped or weighted.
+
+    A value flows from the guide's site (``upstream``) to the later sites of the guide, and
+    through a second joint (``downstream``) to the model.
+
+    Attributes:
+        upstream: What later sites of the guide see of each latent.
+        downstream: What the model sees of each latent.
+        valve: What the joints do with the gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upstream: dict[str, torch.Tensor] = {}
+        self.downstream: dict[str, torch.Tensor] = {}
+        self.valve = Valve()
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if not is_latent(msg) or not value.requires_grad:
+            return
+        value.register_hook(self.valve.gate)
+        self.upstream[msg["name"]] = msg["value"] = value.view_as(value)
+        linked = self.upstream[msg["name"]].view_as(value)
+        linked.register_hook(partial(self.valve.weigh, event_dim=msg["fn"].event_dim))
+        self.downstream[msg["name"]] = linked
+
+
+@dataclass
+class Valve:
+    """What the joints of one run do with the gradients that come back through them.
+
+    It holds no samples: a hook that reached the sample it hangs on would close a circle through
+    the autograd graph, where no garbage collector finds it.
+
+    Attributes:
+        closed: Whether gradients stop at ``upstream`` instead of reaching the guide's parameters
+            and earlier latents.
+        weight: Multiplies the gradients that the model sends back, if not ``None``; its
+            dimensions are particles and plates.
+    """
+
+    closed: bool = False
+    weight: torch.Tensor | None = None
+
+    def gate(self, grad: torch.Tensor) -> torch.Tensor:
+        """What goes on from a sample to the guide's parameters."""
+        return torch.zeros_like(grad) if self.closed else grad
+
+    def weigh(self, grad: torch.Tensor, event_dim: int) -> torch.Tensor:
+        """What goes on from the model to a sample."""
+        if self.weight is None:
+            return grad
+        shape = self.weight.shape + (1,) * event_dim
+        # A site of a single particle spells out only as many dimensions as it has plates.
+        return grad * self.weight.reshape(shape[len(shape) - grad.dim() :]).to(grad.dtype)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of guide and model.
+
+    Attributes:
+        guide_trace: Trace of the guide, without the sites of subsampling.
+        model_trace: Trace of the model, replayed on the guide's values.
+        num_particles: How many particles it holds.
+        nesting: How many dimensions the plates take, particles not counted.
+        links: The joints between guide and model, where asked for.
+    """
+
+    guide_trace: poutine.Trace
+    model_trace: poutine.Trace
+    num_particles: int
+    nesting: int
+    links: Links | None = None
+
+    def plates(self, site: Site) -> frozenset[Plate]:
+        """The plates around a site, that of the particles not counted."""
+        return frozenset(f for f in frames(site) if f.name != _PARTICLES)
+
+    def spread(self, values: torch.Tensor, site: Site, event_dim: int = 0) -> torch.Tensor:
+        """``values`` with every dimension spelled out: ``(num, *plates, *event)``.
+
+        Raises:
+            ValueError: If they have a batch dimension that is no plate.
+        """
+        shape = [self.num_particles, *(1,) * self.nesting]
+        for plate in self.plates(site):
+            shape[plate.dim] = plate.size
+        event_shape = values.shape[values.dim() - event_dim :]
+        batch_shape = values.shape[: values.dim() - event_dim]
+        try:
+            return values.expand(*shape, *event_shape)
+        except RuntimeError as err:
+            raise ValueError(
+                f"{site['name']}: expected a site of batch shape {tuple(shape[1:])}, its plates, "
+                f"got {tuple(batch_shape)}. Was `.to_event(1)` forgotten?"
+            ) from err
+
+
+class Runner:
+    """Runs a pair of programs on particles, and knows what it learnt of them the first time.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        args: Arguments of both, for the first look.
+        kwargs: Keyword arguments.
+        num_particles: How many.
+        vectorize: Whether at once in a plate; ``None`` for wherever that gives the same numbers.
+        where: Who asks, for the messages.
+        check: Called with the first execution, to raise where it does not suit.
+
+    Attributes:
+        nesting: How many dimensions the plates of both programs take.
+
+    Raises:
+        ValueError: If the programs do not belong together or do not fit the data.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        *,
+        num_particles: int,
+        vectorize: bool | None,
+        where: str,
+        check: Callable[[Pair], None],
+    ) -> None:
+        self.model, self.guide = model, guide
+        self._num_particles, self._where = num_particles, where
+        # Blocked, because SVI watches which parameters a step uses.
+        with poutine.block(), same_random_numbers_again(), without_side_effects(model, guide):
+            pair = trace_pair(model, guide, args, kwargs, where)
+            _require_all_in_guide(pair, where)
+            check(pair)
+            self.nesting = pair.max_plate_nesting
+            if vectorize is None:
+                vectorize = num_particles > 1 and self._broadcast(pair, args, kwargs)
+        self._vectorize = vectorize and num_particles > 1
+
+    def runs(self, args: Any, kwargs: Any, *, linked: bool = False) -> Iterator[Run]:
+        """Runs both programs on all particles, in one go or one at a time."""
+        at_once = self._num_particles if self._vectorize else 1
+        rows = poutine.Trace()  # Of subsampled plates: all particles see the same.
+        for _ in range(self._num_particles // at_once):
+            yield self._run(args, kwargs, at_once, linked, rows)
+
+    def _run(
+        self, args: Any, kwargs: Any, num_particles: int, linked: bool, rows: poutine.Trace
+    ) -> Run:
+        model, guide = self.model, self.guide
+        if num_particles > 1:
+            model, guide = (
+                pyro.plate(_PARTICLES, num_particles, dim=-1 - self.nesting)(program)
+                for program in (model, guide)
+            )
+        links = Links() if linked else None
+        with poutine.replay(trace=rows):
+            with links or nullcontext():
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            given = guide_trace.copy()
+            for name, value in links.downstream.items() if links else ():
+                given.nodes[name] = {**given.nodes[name], "value": value}
+            replayed = poutine.replay(model, trace=given)
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        for trace in (guide_trace, model_trace):
+            rows.nodes.update(sites_of(trace, site_is_subsample))
+        traces = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+        self._check_latents(*traces)
+        return Run(*traces, num_particles, self.nesting, links)
+
+    def _check_latents(self, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
+        """A program may sample other latents than it did at the first look."""
+        of_guide, of_model = sites_of(guide_trace, is_latent), sites_of(model_trace, is_latent)
+        names = {n for n, s in of_guide.items() if not s["infer"].get("is_auxiliary")}
+        if odd := names ^ set(of_model):
+            raise ValueError(
+                f"{self._where}: expected the same latents in model and guide, got site "
+                f"'{min(odd)}' in one of them only. Sample it in both, or name it alike."
+            )
+        for name, site in of_model.items():
+            sizes = [subsampling(frames(s)) for s in (site, of_guide[name])]
+            if not math.isclose(*sizes):
+                raise ValueError(
+                    f"{self._where}: expected the plates around site '{name}' to stand for the "
+                    f"same number of data in model and guide, got a subsample scaled by "
+                    f"{sizes[0]:g} and by {sizes[1]:g}. Give both plates the same size."
+                )
+
+    def _broadcast(self, pair: Pair, args: Any, kwargs: Any) -> bool:
+        """Whether both programs take a plate of particles and give the numbers of single ones."""
+        fixed = pair.guide_trace.copy()
+        for trace in (pair.guide_trace, pair.model_trace):
+            for name, site in sites_of(trace, site_is_subsample).items():
+                fixed.nodes[name] = site
+        for name in sites_of(fixed, is_random):
+            fixed.remove_node(name)
+        plates = common_plates(
+            map(frames, sites_of(pair.model_trace, is_random).values()),
+            map(frames, pair.guide_sites.values()),
+        )
+
+        def program(of: Callable[..., Any], role: str) -> VectorisedProgram:
+            def bound() -> Any:
+                return poutine.replay(of, trace=fixed)(*args, **kwargs)
+
+            return VectorisedProgram(
+                bound, role, plates, self.nesting, self._where, pair.latent_shapes
+            )
+
+        if not pair.guide_sites:
+            return False
+        guide, model = program(self.guide, "guide"), program(self.model, "model")
+        with _ranks_of_batch_norm() as ranks:
+            values, _ = guide.draw(2)
+            model.score(values, 2)
+        if not (guide.broadcasts and model.broadcasts):
+            return False
+        if mixed := [module for module, seen in ranks.items() if len(seen) > 1]:
+            warnings.warn(
+                f"{self._where}: {mixed[0]} takes rows of the batch for channels where particles "
+                "run at once, so they run one at a time: the right numbers, slowly. Wrap its "
+                "network in pyro_vae.nets.FlattenLeading.",
+                stacklevel=2,
+            )
+        return not mixed
+
+
+@contextmanager
+def _ranks_of_batch_norm() -> Iterator[dict[nn.Module, set[int]]]:
+    """How many dimensions the inputs of every batch norm have inside the block.
+
+    A new one is the identity outside training, so that numbers do not tell a wrong dimension.
+    """
+    ranks: dict[nn.Module, set[int]] = {}
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, _BatchNorm):
+            ranks.setdefault(module, set()).update(part.dim() for part in inputs)
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield ranks
+    finally:
+        hook.remove()
+
+
+def _require_all_in_guide(pair: Pair, where: str) -> None:
+    """Raises if the guide leaves out a latent of the model."""
+    for name in pair.enumerated:
+        raise ValueError(
+            f"{where}: expected the guide to sample every latent, got no site '{name}' in the "
+            "guide; this objective sums no latents out. Sample it in the guide, or train with "
+            "TraceEnum_ELBO."
+        )

@@ -1,0 +1,371 @@
+"""The ELBO site by site: expected log-likelihoods, and KLs in closed form where there is one."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from pyro.distributions import MaskedDistribution
+from torch.distributions import Distribution, Independent, kl_divergence
+
+from pyro_vae.pairs import Pair
+from pyro_vae.runs import Run
+from pyro_vae.traces import (
+    Plate,
+    Site,
+    is_latent,
+    is_observed,
+    is_point_mass,
+    is_random,
+    layers,
+    masked,
+    plates_over_data,
+    site_log_prob,
+    sites_of,
+    subsampling,
+)
+
+__all__ = [
+    "Scale",
+    "Scales",
+    "Term",
+    "Terms",
+    "elementwise",
+    "kl_per_dimension",
+    "require_terms",
+    "terms_of",
+]
+
+Scale = float | torch.Tensor
+
+
+class Scales:
+    """Divides the scales of a program into one weight for each datum and the rest.
+
+    The weight of a datum is that of its plates (subsampling) and of a ``poutine.scale`` around
+    all observed sites. What is left belongs to single sites: the beta of ``scale_kl``, weights
+    of single observations, and subsampled plates within a datum.
+
+    Args:
+        run: An execution of model and guide.
+        plates: The plates over the data.
+
+    Attributes:
+        dims: Dimensions of those plates.
+        of_data: Weight of each datum, a number or a tensor that broadcasts with the plates.
+    """
+
+    def __init__(self, run: Run, plates: frozenset[Plate]) -> None:
+        self._run = run
+        self.dims = frozenset(plate.dim for plate in plates)
+        self._shape = {(plate.dim, plate.size) for plate in plates}
+        kinds = (sites_of(run.model_trace, kind).values() for kind in (is_latent, is_observed))
+        of_latents, of_observed = ({p.name for s in k for p in run.plates(s)} for k in kinds)
+        self._elsewhere = of_latents - of_observed
+        self._common = self._common_scale()
+        self.of_data = self._common * subsampling(plates)
+
+    def of_site(self, site: Site) -> Scale:
+        """The rest of a site's scale: what it adds to the weight of its data."""
+        plates = self._run.plates(site)
+        around = frozenset(filter(self.is_data, plates))
+        scale = site["scale"] / subsampling(around)
+        # A site that all data share has no part in their weight.
+        return scale / self._common if around or not self.dims else scale
+
+    def is_data(self, plate: Plate) -> bool:
+        """Whether a plate is over the data; the guide may call its own by another name.
+
+        Plates that follow one another share a dimension, so that alone says nothing.
+        """
+        return (plate.dim, plate.size) in self._shape and plate.name not in self._elsewhere
+
+    def within(self, site: Site) -> float:
+        """The part of a site's scale that comes from subsampled plates within a datum."""
+        return subsampling(frozenset(p for p in self._run.plates(site) if not self.is_data(p)))
+
+    def total(self, per_datum: torch.Tensor) -> torch.Tensor:
+        """Sum over all data of a quantity ``(*plates)`` with a 1 for every other plate."""
+        return (per_datum * self.of_data).sum()
+
+    def _common_scale(self) -> Scale:
+        """The scale around all observed sites, that of their plates not counted."""
+        first, *others = (
+            site["scale"] / subsampling(self._run.plates(site))
+            for site in sites_of(self._run.model_trace, is_observed).values()
+        )
+        shape = tuple(first.shape) if isinstance(first, torch.Tensor) else ()
+        of_data = all(n == 1 or dim - len(shape) in self.dims for dim, n in enumerate(shape))
+        return first if of_data and all(_equal(first, other) for other in others) else 1.0
+
+
+def _equal(first: Scale, second: Scale) -> bool:
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        first, second = torch.as_tensor(first), torch.as_tensor(second)
+        # Not torch.equal: that refuses a number on the CPU beside one on a GPU.
+        return first.shape == second.shape and bool((first == second).all())
+    return math.isclose(first, second)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One site's share of the ELBO.
+
+    Attributes:
+        values: Mean over the particles, nats, ``(*plates, *event)``: masked, not scaled. There
+            are event dimensions only where asked for.
+        scale: The site's own scale, beside the weight of the data.
+        local: Whether the site lies inside the plates over the data.
+        present: Where masks let values through, ``(*plates)``, or ``None`` for everywhere.
+        within: The part of ``scale`` that comes from subsampled plates within a datum.
+    """
+
+    values: torch.Tensor
+    scale: Scale
+    local: bool
+    present: torch.Tensor | None
+    within: float = 1.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The ELBO of some runs, site by site.
+
+    Attributes:
+        log_likelihood: The observed sites' terms.
+        kl: The latents' terms; auxiliary sites and factors of the guide are among them.
+        scales: The weights of data and sites.
+    """
+
+    log_likelihood: dict[str, Term]
+    kl: dict[str, Term]
+    scales: Scales
+
+    def per_datum(self, term: Term) -> torch.Tensor:
+        """A term with the scale of its site, ``(*plates)`` with a 1 for all but the data's."""
+        return self.sum_others(term.values * term.scale)
+
+    def sum_others(self, values: torch.Tensor, leading: int = 0) -> torch.Tensor:
+        """Sums every plate but the data's; those and ``leading`` first dimensions stay."""
+        plates = range(leading - values.dim(), 0)
+        others = [dim for dim in plates if dim not in self.scales.dims]
+        return values.sum(others, keepdim=True) if others else values
+
+    def presence(self, term: Term) -> torch.Tensor:
+        """1 for each datum of which the masks leave something, else 0: ``(*plates)``."""
+        present = torch.ones_like(term.values) if term.present is None else term.present
+        return (self.sum_others(present.to(term.values)) > 0).to(term.values)
+
+    def weights(self, term: Term) -> torch.Tensor:
+        """The scale of a term's site for each datum, 0 where it is masked out: ``(*plates)``.
+
+        The scale of a latent's site multiplies its KL of each datum; the weight of the datum,
+        and subsampled plates within it, are not counted. Where a scale varies within a datum it
+        is the largest.
+        """
+        present = torch.ones_like(term.values) if term.present is None else term.present
+        scale = present.to(term.values) * term.scale / term.within
+        others = [dim for dim in range(-scale.dim(), 0) if dim not in self.scales.dims]
+        return scale.amax(others, keepdim=True) if others else scale
+
+    def sum_data(self, values: torch.Tensor, term: Term, leading: int = 0) -> torch.Tensor:
+        """Sums over the data with their weights, or over what they share if the term is not local.
+
+        Args:
+            values: ``(*leading, *plates)`` with a 1 for all plates but the data's.
+            term: Whose values these are.
+            leading: How many first dimensions stay.
+        """
+        if term.local:
+            values = values * self.scales.of_data
+        return values.sum(list(range(leading, values.dim()))) if values.dim() > leading else values
+
+    def total(self, term: Term) -> torch.Tensor:
+        """A term summed over all data, 0-d, as it stands in the ELBO."""
+        return self.sum_data(self.per_datum(term), term)
+
+    def sum_of(self, terms: Iterable[Term]) -> torch.Tensor:
+        """Several terms, each summed over all data, 0-d."""
+        return sum(map(self.total, terms), start=torch.zeros(()))
+
+    def num_data(self, like: torch.Tensor) -> torch.Tensor:
+        """How many data the terms stand for, 0-d: the sum of their weights.
+
+        Data that masks hide at every site are none.
+        """
+        local = [t for t in (*self.log_likelihood.values(), *self.kl.values()) if t.local]
+        return self.scales.total(reduce(torch.maximum, map(self.presence, local))).to(like)
+
+    @property
+    def negative_elbo(self) -> torch.Tensor:
+        """The negative ELBO, 0-d, nats."""
+        return self.sum_of(self.kl.values()) - self.sum_of(self.log_likelihood.values())
+
+
+def terms_of(runs: Sequence[Run]) -> Terms:
+    """Collects the terms of the ELBO from runs of a model and its guide.
+
+    A KL is in closed form where Pyro or torch has one and where that is right: where all
+    latents that precede a site in the model precede it in the guide as well, so that its
+    parents are given. Elsewhere it is log q - log p of the particles.
+    """
+    first = runs[0]
+    scales = Scales(first, data_plates_of(first))
+    observed = sites_of(first.model_trace, is_observed)
+    latent = sites_of(first.model_trace, is_latent)
+    of_guide = sites_of(first.guide_trace, is_random)
+    log_likelihood = {
+        name: _term([_log_prob(run, "model", name) for run in runs], first, scales, site)
+        for name, site in observed.items()
+    }
+    closed = _given_by_parents(first)
+    kl = {
+        name: _term([_kl(run, name, name in closed) for run in runs], first, scales, site)
+        for name, site in (of_guide | latent).items()
+    }
+    return Terms(log_likelihood, kl, scales)
+
+
+def require_terms(pair: Pair, where: str) -> Terms:
+    """The terms of a first execution, for objectives that need each per datum.
+
+    Args:
+        pair: An execution of model and guide.
+        where: The objective, for the message.
+
+    Raises:
+        ValueError: If no plate is over the data, or if a latent's scale differs in the guide.
+    """
+    run = Run(pair.guide_trace, pair.model_trace, 1, pair.max_plate_nesting)
+    if not data_plates_of(run):
+        sites = sites_of(run.model_trace, is_random)
+        around = {n: [p.name for p in sorted(run.plates(s))] for n, s in sites.items()}
+        raise ValueError(
+            f"{where}: expected one vectorised plate over the data, around every observed site "
+            f"and every latent of a single datum, got these plates by site: {around}. Without "
+            "it nothing is per datum; write `with pyro.plate('data', len(x)):` around them."
+        )
+    for name, site in sites_of(run.guide_trace, is_latent).items():
+        of_model: Site = run.model_trace.nodes.get(name, site)
+        if not _equal(site["scale"], of_model["scale"]):
+            raise ValueError(
+                f"{where}: expected the same scale on latent site '{name}' in model and guide, "
+                "got different ones. Wrap both programs in scale_kl or poutine.scale, and give "
+                "their plates the same size and subsample."
+            )
+    return terms_of([run])
+
+
+def data_plates_of(run: Run) -> frozenset[Plate]:
+    """The plates over the data, see :func:`pyro_vae.traces.plates_over_data`."""
+    random, observed = (sites_of(run.model_trace, kind) for kind in (is_random, is_observed))
+    return plates_over_data(map(run.plates, random.values()), map(run.plates, observed.values()))
+
+
+def _term(values_of_runs: list[torch.Tensor], first: Run, scales: Scales, site: Site) -> Term:
+    values = torch.cat(values_of_runs)
+    present = _present(site, values[: first.num_particles])
+    local = any(map(scales.is_data, first.plates(site))) or not scales.dims
+    return Term(values.mean(0), scales.of_site(site), local, present, scales.within(site))
+
+
+def _present(site: Site, values: torch.Tensor) -> torch.Tensor | None:
+    """Where the masks around a site and those in its distribution let values through."""
+    masks = [site["mask"]]
+    for fn in layers(site["fn"]):
+        if isinstance(fn, MaskedDistribution):
+            mask: torch.Tensor | bool = fn._mask
+            within = site["fn"].event_dim - fn.event_dim
+            if isinstance(mask, torch.Tensor) and within:
+                mask = mask.flatten(-within).any(-1)  # Some elements of the event are enough.
+            masks.append(mask)
+    masks = [mask for mask in masks if mask is not None and mask is not True]
+    if not masks:
+        return None
+    spread = (torch.as_tensor(mask, device=values.device).expand(values.shape) for mask in masks)
+    return reduce(torch.logical_and, spread).any(0)
+
+
+def _log_prob(run: Run, role: str, name: str) -> torch.Tensor:
+    site = (run.model_trace if role == "model" else run.guide_trace).nodes[name]
+    return run.spread(site_log_prob(site), site)
+
+
+def _kl(run: Run, name: str, closed: bool) -> torch.Tensor:
+    """log q - log p of one site, or its expectation: ``(num, *plates)``."""
+    of_model: Site = run.model_trace.nodes.get(name)
+    of_guide: Site = run.guide_trace.nodes.get(name)
+    if of_model is None or not is_latent(of_model):
+        return _log_prob(run, "guide", name)
+    if closed and of_guide is not None:
+        kl = _closed_form(of_guide["fn"], of_model["fn"])
+        if kl is not None:
+            return run.spread(masked(kl, of_guide["mask"]), of_guide)
+    return _log_prob(run, "guide", name) - _log_prob(run, "model", name)
+
+
+def _closed_form(q: Distribution, p: Distribution) -> torch.Tensor | None:
+    """KL(q || p), or ``None`` where no formula is known.
+
+    A point mass has none: Pyro's formula forgets the density that its guides put there.
+    """
+    if is_point_mass(q):
+        return None
+    try:
+        kl = kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+    return kl if isinstance(kl, torch.Tensor) else None  # 0.0 where .mask(False) hides all.
+
+
+def _given_by_parents(run: Run) -> set[str]:
+    """Latents whose parents in the model cannot depend on them in the guide."""
+    in_guide = list(sites_of(run.guide_trace, is_latent))
+    result, before = set(), set[str]()
+    for name in sites_of(run.model_trace, is_latent):
+        if name in in_guide and before <= set(in_guide[: in_guide.index(name)]):
+            result.add(name)
+        before.add(name)
+    return result
+
+
+def elementwise(fn: Distribution) -> Distribution | None:
+    """The distribution of the single elements of an event, if they are independent."""
+    if isinstance(fn, Independent):
+        return elementwise(fn.base_dist)
+    if isinstance(fn, MaskedDistribution):
+        base, mask = elementwise(fn.base_dist), fn._mask
+        if isinstance(mask, torch.Tensor):
+            mask = mask.reshape(mask.shape + (1,) * fn.event_dim)
+        return None if base is None else MaskedDistribution(base, mask)
+    return None if fn.event_shape else fn
+
+
+def kl_per_dimension(runs: Sequence[Run], name: str) -> torch.Tensor | None:
+    """The KL of every element of one latent, nats, mean over particles: ``(*plates, *event)``.
+
+    Args:
+        runs: Runs of a model and its guide.
+        name: The latent.
+
+    Returns:
+        The masked KL, without scales, or ``None`` where the distribution of guide or model does
+        not factorise over the elements of its event.
+    """
+    closed = name in _given_by_parents(runs[0])
+    values = []
+    for run in runs:
+        of_guide: Site = run.guide_trace.nodes[name]
+        of_model: Site = run.model_trace.nodes[name]
+        q, p = elementwise(of_guide["fn"]), elementwise(of_model["fn"])
+        if q is None or p is None or is_point_mass(q):
+            return None
+        kl = _closed_form(q, p) if closed else None
+        if kl is None:
+            kl = q.log_prob(of_guide["value"]) - p.log_prob(of_model["value"])
+        event_dim, mask = of_guide["fn"].event_dim, of_guide["mask"]
+        if isinstance(mask, torch.Tensor):
+            mask = mask.reshape(mask.shape + (1,) * event_dim)
+        values.append(run.spread(masked(kl, mask), of_guide, event_dim))
+    return torch.cat(values).mean(0)
