@@ -1,7 +1,6 @@
 """Which latents of a program depend on one another's values."""
 
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.util import site_is_subsample
 
+from pyro_vae.densities import unchecked
 from pyro_vae.traces import Site, is_latent, sites_of
 
-__all__ = ["dependent_latents", "provenance", "unchecked"]
+__all__ = ["dependent_latents", "provenance"]
 
 
 def provenance(program: Callable[[], Any]) -> dict[str, frozenset[str]]:
@@ -59,12 +59,3 @@ def dependent_latents(program: Callable[[], Any], trace: poutine.Trace) -> set[s
         if not torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True):
             found.add(name)
     return found
-
-
-def unchecked(fn: Any) -> Any:
-    """A copy of a distribution that evaluates its formula for values outside its support too."""
-    fn = copy(fn)
-    if hasattr(fn, "base_dist"):
-        fn.base_dist = unchecked(fn.base_dist)
-    fn._validate_args = False  # After the copy below it: Independent hands this on.
-    return fn

@@ -17,12 +17,13 @@ from pyro_vae.traces import (
     frames,
     is_latent,
     is_observed,
+    is_point_mass,
     is_random,
-    layers,
+    mask_of,
     sites_of,
 )
 
-__all__ = ["Pair", "common_plates", "data_plates", "trace_pair"]
+__all__ = ["Pair", "common_plates", "data_plates", "refuse_point_mass", "trace_pair"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,20 @@ def data_plates(pair: Pair, where: str) -> DataPlates:
     )
 
 
+def refuse_point_mass(pair: Pair, where: str) -> None:
+    """A guide of point masses has no density: its "weights" bound nothing."""
+    sites = pair.guide_sites
+    if any(site["infer"].get("is_auxiliary") for site in sites.values()):
+        return  # A transformed auxiliary variable: the Delta carries its Jacobian.
+    for name, site in sites.items():
+        # A point mass on both sides is a transformation of other latents, not a latent.
+        if is_point_mass(site["fn"]) and not is_point_mass(pair.model_trace.nodes[name]["fn"]):
+            raise ValueError(
+                f"{where}: expected a guide with a density, got a point mass (Delta) at site "
+                f"'{name}'. Use a distribution with the support of the posterior."
+            )
+
+
 def _check_latents(guide: poutine.Trace, model: poutine.Trace, where: str) -> tuple[str, ...]:
     """Compares the latents of both sides; returns those to be summed out in the model."""
     in_guide, in_model = sites_of(guide, is_latent), sites_of(model, is_latent)
@@ -176,15 +191,6 @@ def _check_latents(guide: poutine.Trace, model: poutine.Trace, where: str) -> tu
             "Pass obs=x to pyro.sample, or use pyro.poutine.condition."
         )
     return tuple(missing)
-
-
-def _effective_mask(site: Site) -> torch.Tensor:
-    """The mask around a site and the one inside its distribution, where its events are whole."""
-    mask = torch.as_tensor(True if site["mask"] is None else site["mask"])
-    for fn in layers(site["fn"])[:-1]:
-        if hasattr(fn, "_mask") and fn.event_dim == site["fn"].event_dim:
-            mask = mask & torch.as_tensor(fn._mask, device=mask.device)
-    return mask
 
 
 class _ShapeMismatch(Exception):
@@ -228,8 +234,10 @@ def _check_masks(pair: Pair, where: str) -> None:
     for name, site in pair.guide_sites.items():
         if name not in model_sites:
             continue
-        masks = [_effective_mask(s).cpu() for s in (model_sites[name], site)]
-        first, second = torch.broadcast_tensors(*masks)
+        masks = [mask_of(s) for s in (model_sites[name], site)]
+        first, second = torch.broadcast_tensors(
+            *(torch.tensor(True) if mask is None else mask.cpu() for mask in masks)
+        )
         if not first.equal(second):
             raise ValueError(
                 f"{where}: expected the same mask on latent site '{name}' in model and guide, got "

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.evaluation.vectorised import VectorisedProgram
 from pyro_vae.isolation import same_random_numbers_again, without_side_effects
 from pyro_vae.pairs import Pair, common_plates, trace_pair
 from pyro_vae.traces import Plate, Site, frames, is_latent, is_random, sites_of, subsampling
+from pyro_vae.vectorised import VectorisedProgram
 
 __all__ = ["Links", "Run", "Runner"]
 

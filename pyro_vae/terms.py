@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-from pyro.distributions import MaskedDistribution
-from torch.distributions import Distribution, Independent, kl_divergence
 
+from pyro_vae.densities import closed_form_kl, elementwise
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.traces import (
@@ -18,7 +17,7 @@ from pyro_vae.traces import (
     is_observed,
     is_point_mass,
     is_random,
-    layers,
+    mask_of,
     masked,
     plates_over_data,
     site_log_prob,
@@ -31,7 +30,6 @@ __all__ = [
     "Scales",
     "Term",
     "Terms",
-    "elementwise",
     "kl_per_dimension",
     "require_terms",
     "terms_of",
@@ -119,6 +117,7 @@ class Term:
         local: Whether the site lies inside the plates over the data.
         present: Where masks let values through, ``(*plates)``, or ``None`` for everywhere.
         within: The part of ``scale`` that comes from subsampled plates within a datum.
+        closed_form: Whether the values are a KL in closed form.
     """
 
     values: torch.Tensor
@@ -126,6 +125,7 @@ class Term:
     local: bool
     present: torch.Tensor | None
     within: float = 1.0
+    closed_form: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,15 @@ def terms_of(runs: Sequence[Run]) -> Terms:
         name: _term([_log_prob(run, "model", name) for run in runs], first, scales, site)
         for name, site in observed.items()
     }
-    closed = _given_by_parents(first)
+    closed = [_closed_forms(run) for run in runs]
     kl = {
-        name: _term([_kl(run, name, name in closed) for run in runs], first, scales, site)
+        name: _term(
+            [_kl(run, name, by_site) for run, by_site in zip(runs, closed, strict=True)],
+            first,
+            scales,
+            site,
+            closed_form=name in closed[0],
+        )
         for name, site in (of_guide | latent).items()
     }
     return Terms(log_likelihood, kl, scales)
@@ -263,28 +269,19 @@ def data_plates_of(run: Run) -> frozenset[Plate]:
     return plates_over_data(map(run.plates, random.values()), map(run.plates, observed.values()))
 
 
-def _term(values_of_runs: list[torch.Tensor], first: Run, scales: Scales, site: Site) -> Term:
-    values = torch.cat(values_of_runs)
-    present = _present(site, values[: first.num_particles])
+def _term(
+    values_of_runs: list[torch.Tensor],
+    first: Run,
+    scales: Scales,
+    site: Site,
+    *,
+    closed_form: bool = False,
+) -> Term:
+    values, mask = torch.cat(values_of_runs), mask_of(site)
+    if mask is not None:
+        mask = first.spread(mask, site).any(0)
     local = any(map(scales.is_data, first.plates(site))) or not scales.dims
-    return Term(values.mean(0), scales.of_site(site), local, present, scales.within(site))
-
-
-def _present(site: Site, values: torch.Tensor) -> torch.Tensor | None:
-    """Where the masks around a site and those in its distribution let values through."""
-    masks = [site["mask"]]
-    for fn in layers(site["fn"]):
-        if isinstance(fn, MaskedDistribution):
-            mask: torch.Tensor | bool = fn._mask
-            within = site["fn"].event_dim - fn.event_dim
-            if isinstance(mask, torch.Tensor) and within:
-                mask = mask.flatten(-within).any(-1)  # Some elements of the event are enough.
-            masks.append(mask)
-    masks = [mask for mask in masks if mask is not None and mask is not True]
-    if not masks:
-        return None
-    spread = (torch.as_tensor(mask, device=values.device).expand(values.shape) for mask in masks)
-    return reduce(torch.logical_and, spread).any(0)
+    return Term(values.mean(0), scales.of_site(site), local, mask, scales.within(site), closed_form)
 
 
 def _log_prob(run: Run, role: str, name: str) -> torch.Tensor:
@@ -292,31 +289,26 @@ def _log_prob(run: Run, role: str, name: str) -> torch.Tensor:
     return run.spread(site_log_prob(site), site)
 
 
-def _kl(run: Run, name: str, closed: bool) -> torch.Tensor:
+def _closed_forms(run: Run) -> dict[str, torch.Tensor]:
+    """The KLs that have a closed form, where that is right: ``(num, *plates)`` by site."""
+    found = {}
+    for name in _given_by_parents(run):
+        of_guide: Site = run.guide_trace.nodes[name]
+        of_model: Site = run.model_trace.nodes[name]
+        kl = closed_form_kl(of_guide["fn"], of_model["fn"])
+        if kl is not None:
+            found[name] = run.spread(masked(kl, of_guide["mask"]), of_guide)
+    return found
+
+
+def _kl(run: Run, name: str, closed: dict[str, torch.Tensor]) -> torch.Tensor:
     """log q - log p of one site, or its expectation: ``(num, *plates)``."""
+    if name in closed:
+        return closed[name]
     of_model: Site = run.model_trace.nodes.get(name)
-    of_guide: Site = run.guide_trace.nodes.get(name)
     if of_model is None or not is_latent(of_model):
         return _log_prob(run, "guide", name)
-    if closed and of_guide is not None:
-        kl = _closed_form(of_guide["fn"], of_model["fn"])
-        if kl is not None:
-            return run.spread(masked(kl, of_guide["mask"]), of_guide)
     return _log_prob(run, "guide", name) - _log_prob(run, "model", name)
-
-
-def _closed_form(q: Distribution, p: Distribution) -> torch.Tensor | None:
-    """KL(q || p), or ``None`` where no formula is known.
-
-    A point mass has none: Pyro's formula forgets the density that its guides put there.
-    """
-    if is_point_mass(q):
-        return None
-    try:
-        kl = kl_divergence(q, p)
-    except NotImplementedError:
-        return None
-    return kl if isinstance(kl, torch.Tensor) else None  # 0.0 where .mask(False) hides all.
 
 
 def _given_by_parents(run: Run) -> set[str]:
@@ -328,18 +320,6 @@ def _given_by_parents(run: Run) -> set[str]:
             result.add(name)
         before.add(name)
     return result
-
-
-def elementwise(fn: Distribution) -> Distribution | None:
-    """The distribution of the single elements of an event, if they are independent."""
-    if isinstance(fn, Independent):
-        return elementwise(fn.base_dist)
-    if isinstance(fn, MaskedDistribution):
-        base, mask = elementwise(fn.base_dist), fn._mask
-        if isinstance(mask, torch.Tensor):
-            mask = mask.reshape(mask.shape + (1,) * fn.event_dim)
-        return None if base is None else MaskedDistribution(base, mask)
-    return None if fn.event_shape else fn
 
 
 def kl_per_dimension(runs: Sequence[Run], name: str) -> torch.Tensor | None:
@@ -361,7 +341,7 @@ def kl_per_dimension(runs: Sequence[Run], name: str) -> torch.Tensor | None:
         q, p = elementwise(of_guide["fn"]), elementwise(of_model["fn"])
         if q is None or p is None or is_point_mass(q):
             return None
-        kl = _closed_form(q, p) if closed else None
+        kl = closed_form_kl(q, p) if closed else None
         if kl is None:
             kl = q.log_prob(of_guide["value"]) - p.log_prob(of_model["value"])
         event_dim, mask = of_guide["fn"].event_dim, of_guide["mask"]

@@ -6,11 +6,12 @@ Nothing here depends on the names a program gives its sites and plates.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine.util import site_is_subsample
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "is_point_mass",
     "is_random",
     "layers",
+    "mask_of",
     "masked",
     "plates_over_data",
     "site_log_prob",
@@ -76,6 +78,31 @@ def site_log_prob(site: Site) -> torch.Tensor:
     """
     log_prob: torch.Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return masked(log_prob, site["mask"])
+
+
+def mask_of(site: Site) -> torch.Tensor | None:
+    """Where the masks around a site and those in its distribution let a value through.
+
+    Of a mask over the elements of an event, some that it lets through are enough.
+
+    Returns:
+        bool, in the site's batch dimensions or fewer; ``None`` where nothing is masked.
+    """
+    masks = [site["mask"]]
+    for fn in layers(site["fn"]):
+        if isinstance(fn, MaskedDistribution):
+            mask: torch.Tensor | bool = fn._mask
+            within = site["fn"].event_dim - fn.event_dim
+            if isinstance(mask, torch.Tensor) and within and mask.dim():
+                mask = mask.flatten(-min(within, mask.dim())).any(-1)
+            masks.append(mask)
+    device = getattr(site["value"], "device", None)
+    tensors = [
+        torch.as_tensor(mask, device=device)
+        for mask in masks
+        if mask is not None and mask is not True
+    ]
+    return reduce(torch.logical_and, tensors) if tensors else None
 
 
 def masked(log_prob: torch.Tensor, mask: torch.Tensor | bool | None) -> torch.Tensor:

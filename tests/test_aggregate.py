@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributions.transforms import AffineTransform
 
 from pyro_vae.evaluation import AggregatePosterior, aggregate_posterior
-from pyro_vae.evaluation.densities import AggregateDensity
+from pyro_vae.evaluation.aggregate_density import AggregateDensity
 from pyro_vae.guides import AmortizedNormal, ExactGaussianMixture, ExactLinearGaussian
 from pyro_vae.handlers import scale_kl
 from pyro_vae.models import GaussianMixture, LinearGaussian
@@ -255,7 +255,7 @@ def test_chunks_bound_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AggregateDensity, "_pairs", record)
     for budget, expected in ((8 * 7 * 2 * 3, [3, 3, 1]), (1, [1] * 7)):
         sizes.clear()
-        monkeypatch.setattr("pyro_vae.evaluation.densities._CHUNK_BYTES", {"cpu": budget})
+        monkeypatch.setattr("pyro_vae.evaluation.aggregate_density._CHUNK_BYTES", {"cpu": budget})
         run(guide_of(normal), rows(7))
         assert sizes == expected
 

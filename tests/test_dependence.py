@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 
-from pyro_vae.dependence import dependent_latents, provenance, unchecked
+from pyro_vae.dependence import dependent_latents, provenance
 
 X = torch.randn(6, 2)
 
@@ -56,12 +56,3 @@ def test_the_same_rows_are_compared() -> None:
             pyro.sample("b", dist.Normal(X[rows, 1], 0.1))
 
     assert dependent(program) == set()
-
-
-def test_unchecked_is_a_copy() -> None:
-    fn = dist.LogNormal(torch.zeros(3), 1.0).expand([2, 3]).to_event(1)
-    fn.log_prob(torch.ones(2, 3))
-    uniform = dist.Uniform(0.0, torch.ones(3), validate_args=True).to_event(1)
-    assert unchecked(uniform).log_prob(torch.full((3,), 2.0)) == -torch.inf
-    assert uniform.base_dist._validate_args
-    assert torch.equal(unchecked(fn).log_prob(torch.ones(2, 3)), fn.log_prob(torch.ones(2, 3)))

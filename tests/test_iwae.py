@@ -593,34 +593,48 @@ def categories(rows: int) -> tuple[Any, Any, Tensors, torch.Tensor]:
         (2, {"num_groups": 2, "partial": True}),
     ],
 )
-def test_discrete_gradients_by_enumeration(estimator: Any, num: int, variant: Any) -> None:
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+def test_discrete_gradients_by_enumeration(
+    estimator: Any, num: int, variant: Any, beta: float
+) -> None:
     """Every tuple of values is a row: weighted by probability, their gradients are exact."""
     total = num * variant.get("num_groups", 1)
     tuples = torch.tensor(list(product(range(3), repeat=total)))
     model, guide, params, x = categories(len(tuples))
     objective = TraceIWAE_ELBO(num, estimator, vectorize_particles=True, **variant)
     forced = Forced("c")
-    forced_guide = forced(guide)
-    objective.loss(model, forced_guide, x)  # The first look.
+    pair = scale_kl(model, beta), scale_kl(forced(guide), beta)
+    objective.loss(*pair, x)  # The first look.
     forced.values = tuples.T
-    loss, grads = gradients(objective, model, forced_guide, params, x)
+    loss, grads = gradients(objective, *pair, params, x)
 
     p = {n: v[0].detach().requires_grad_() for n, v in params.items()}
-    log_q = p["q"].log_softmax(-1)
-    log_p = p["prior"].log_softmax(-1) + Normal(p["locs"], 0.8).log_prob(x[0])
-
-    log_w = (log_p - log_q)[tuples].T
+    log_q, log_prior = p["q"].log_softmax(-1), p["prior"].log_softmax(-1)
+    log_w = Normal(p["locs"], 0.8).log_prob(x[0]) + beta * (log_prior - log_q)
+    log_w = log_w[tuples].T
     of_model, of_guide = combined(log_w, **variant), combined(log_w, **variant | {"partial": False})
     assert loss == pytest.approx(-float(of_model.sum().detach()))
     mass = log_q[tuples].sum(1).exp()
     losses = {"prior": of_model, "locs": of_model, "q": of_guide}
-    wanted = {
-        name: torch.autograd.grad(-(mass * bound).sum(), [p[name]], retain_graph=True)[0]
-        for name, bound in losses.items()
-    }
-    for name, grad in grads.items():
-        total = (mass.detach()[:, None] * grad).sum(0)
-        torch.testing.assert_close(total, wanted[name], atol=1e-12, rtol=1e-10)
+    for name, bound in losses.items():
+        (wanted,) = torch.autograd.grad(-(mass * bound).sum(), [p[name]], retain_graph=True)
+        mean = (mass.detach()[:, None] * grads[name]).sum(0)
+        torch.testing.assert_close(mean, wanted, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("elbo_weight", [0.0, 0.4, 1.0])
+def test_vimco_at_the_exact_posterior(elbo_weight: float) -> None:
+    """All particles are as good as their comparison: no score but that of the entropy is left."""
+    model, guide, params, x = categories(4)
+    p = {n: v.detach() for n, v in params.items()}
+    with torch.no_grad():
+        params["q"].copy_(p["prior"] + Normal(p["locs"], 0.8).log_prob(x[:, None]))
+    objective, recorder = TraceIWAE_ELBO(3, "vimco", elbo_weight=elbo_weight), Recorder()
+    _, grads = gradients(objective, model, recorder(guide), params, x)
+    q = params["q"].detach().requires_grad_()
+    score = q.log_softmax(-1).expand(3, 4, 3).gather(-1, recorder.last("c", 3, 4)[..., None])
+    (wanted,) = torch.autograd.grad(score.mean(0).sum(), [q])
+    torch.testing.assert_close(grads["q"], wanted)
 
 
 def test_vimco_varies_less_than_the_plain_score_function() -> None:

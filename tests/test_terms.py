@@ -18,7 +18,7 @@ from torch.distributions import kl_divergence
 from pyro_vae.handlers import scale_kl
 from pyro_vae.pairs import trace_pair
 from pyro_vae.runs import Run, Runner
-from pyro_vae.terms import Terms, elementwise, kl_per_dimension, require_terms, terms_of
+from pyro_vae.terms import Terms, kl_per_dimension, require_terms, terms_of
 
 X = torch.tensor(
     [[0.5, -1.0], [2.0, 0.1], [-0.7, 0.4], [1.1, -0.2]],
@@ -590,19 +590,6 @@ def test_elements_that_are_not_independent_have_no_kl_of_their_own() -> None:
 
     assert kl_per_dimension(runs_of((plain(p)[0], guide)), "code") is None
     assert kl_per_dimension(runs_of(auxiliary(p)), "code") is None
-
-
-def test_elementwise() -> None:
-    normal = dist.Normal(torch.zeros(3, 2), 1.0)
-    assert elementwise(normal.to_event(2)) is normal
-    assert elementwise(normal) is normal
-    assert elementwise(dist.MultivariateNormal(torch.zeros(2), torch.eye(2))) is None
-    assert elementwise(dist.Dirichlet(torch.ones(3)).mask(torch.tensor(True))) is None
-    rows = torch.tensor([True, False, True])
-    inner = elementwise(normal.to_event(1).mask(rows))
-    assert inner is not None
-    expected = normal.log_prob(torch.ones(())) * rows.unsqueeze(-1)
-    torch.testing.assert_close(inner.log_prob(torch.ones(3, 2)), expected)
 
 
 def test_programs_without_a_plate_over_the_data() -> None:

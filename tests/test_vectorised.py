@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_vae.evaluation.vectorised import VectorisedProgram
 from pyro_vae.traces import DataPlates
+from pyro_vae.vectorised import VectorisedProgram
 
 LOCS, SCALE = (-1.0, 1.0), 0.8
 NUM = 4000

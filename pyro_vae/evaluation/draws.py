@@ -8,9 +8,9 @@ from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 
 from pyro_vae.evaluation.particles import Particles
-from pyro_vae.evaluation.vectorised import Values, VectorisedProgram
 from pyro_vae.pairs import Pair
 from pyro_vae.traces import DataPlates, is_latent, is_observed, is_random, sites_of
+from pyro_vae.vectorised import Values, VectorisedProgram
 
 __all__ = ["Draws"]
 

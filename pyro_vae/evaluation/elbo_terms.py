@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from pyro_vae.checks import check_at_least, refuse_subsampling, support_of
-from pyro_vae.evaluation.likelihood import _refuse_point_mass
 from pyro_vae.isolation import without_side_effects
-from pyro_vae.pairs import Pair, _effective_mask, data_plates
+from pyro_vae.pairs import Pair, data_plates, refuse_point_mass
 from pyro_vae.runs import Run, Runner
-from pyro_vae.terms import _closed_form, _given_by_parents, terms_of
-from pyro_vae.traces import DataPlates, Site, is_latent, is_random, sites_of
+from pyro_vae.terms import terms_of
+from pyro_vae.traces import DataPlates, Site, is_latent, is_random, mask_of, sites_of
 
 __all__ = ["ElboTerms", "EvaluationRuns", "elbo_terms", "present"]
 
@@ -174,7 +173,7 @@ def elbo_terms(
                 for name, term in parts.items():
                     values = runs.plates.sum_others(term.values) * run.num_particles
                     totals[name] = totals[name] + values if name in totals else values
-        closed_form = _closed_forms(run)
+        closed_form = frozenset(n for n, term in terms.kl.items() if term.closed_form)
         is_data = _is_data(run, runs)
     result = ElboTerms(
         log_likelihood={name: total / num_particles for name, total in log_likelihood.items()},
@@ -247,7 +246,7 @@ class EvaluationRuns:
         )
 
     def _check(self, pair: Pair) -> None:
-        _refuse_point_mass(pair, self._where)
+        refuse_point_mass(pair, self._where)
         self.plates = data_plates(pair, self._where)
 
     def _checked(self, run: Run) -> Run:
@@ -265,22 +264,15 @@ class EvaluationRuns:
 
 def present(run: Run, site: Site) -> torch.Tensor:
     """Where the masks of a site let values through: bool, ``(*plates)``."""
-    return run.spread(_effective_mask(site).to(site["value"].device), site)[0]
+    mask = mask_of(site)
+    mask = torch.ones((), dtype=torch.bool, device=site["value"].device) if mask is None else mask
+    return run.spread(mask, site)[0]
 
 
 def _is_data(run: Run, runs: EvaluationRuns) -> torch.Tensor:
     sites = sites_of(run.model_trace, is_random).values()
     seen = [runs.plates.sum_others(present(run, site)) > 0 for site in sites]
     return torch.stack(seen).any(0)
-
-
-def _closed_forms(run: Run) -> frozenset[str]:
-    def has_formula(name: str) -> bool:
-        of_guide: Site = run.guide_trace.nodes[name]
-        of_model: Site = run.model_trace.nodes[name]
-        return _closed_form(of_guide["fn"], of_model["fn"]) is not None
-
-    return frozenset(filter(has_formula, _given_by_parents(run)))
 
 
 def _check_terms(terms: ElboTerms, where: str) -> None:

@@ -9,8 +9,7 @@ from pyro_vae.evaluation.estimate import LogLikelihoodEstimate
 from pyro_vae.evaluation.particles import Particles
 from pyro_vae.evaluation.weights import LogWeightSums
 from pyro_vae.isolation import without_side_effects
-from pyro_vae.pairs import Pair, data_plates, trace_pair
-from pyro_vae.traces import is_point_mass
+from pyro_vae.pairs import data_plates, refuse_point_mass, trace_pair
 
 __all__ = ["importance_weighted_log_likelihood"]
 
@@ -84,7 +83,7 @@ def importance_weighted_log_likelihood(
     with without_side_effects(model, guide):
         with refuse_subsampling(where):
             pair = trace_pair(model, guide, args, kwargs, where)
-        _refuse_point_mass(pair, where)
+        refuse_point_mass(pair, where)
         plates = data_plates(pair, where)
         bound = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
         particles = Particles(*bound, pair, plates, where)
@@ -102,17 +101,3 @@ def importance_weighted_log_likelihood(
         elbo=sums.mean_log,
         num_particles=num_particles,
     )
-
-
-def _refuse_point_mass(pair: Pair, where: str) -> None:
-    """A guide of point masses has no density: its "weights" bound nothing."""
-    sites = pair.guide_sites
-    if any(site["infer"].get("is_auxiliary") for site in sites.values()):
-        return  # A transformed auxiliary variable: the Delta carries its Jacobian.
-    for name, site in sites.items():
-        # A point mass on both sides is a transformation of other latents, not a latent.
-        if is_point_mass(site["fn"]) and not is_point_mass(pair.model_trace.nodes[name]["fn"]):
-            raise ValueError(
-                f"{where}: expected a guide with a density, got a point mass (Delta) at site "
-                f"'{name}'. Use a distribution with the support of the posterior."
-            )

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.dependence import provenance
-from pyro_vae.evaluation.vectorised import Values, VectorisedProgram
 from pyro_vae.pairs import Pair
 from pyro_vae.traces import (
     DataPlates,
@@ -18,6 +17,7 @@ from pyro_vae.traces import (
     site_log_prob,
     sites_of,
 )
+from pyro_vae.vectorised import Values, VectorisedProgram
 
 __all__ = ["Particles"]
 

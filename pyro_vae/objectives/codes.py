@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
-from torch.distributions import Distribution, Independent
+from pyro.distributions import MaskedDistribution
 
 from pyro_vae.dependence import dependent_latents
 from pyro_vae.objectives.objective import Objective, require_reparameterized
@@ -16,7 +15,7 @@ from pyro_vae.runs import Run
 from pyro_vae.terms import Scales, Terms, data_plates_of, require_terms
 from pyro_vae.traces import Plate, Site, is_latent, layers, sites_of
 
-__all__ = ["CodeObjective", "Codes", "require_fixed_by_data", "rows", "unwrapped"]
+__all__ = ["CodeObjective", "Codes", "require_fixed_by_data", "rows"]
 
 Program = Callable[..., Any]
 
@@ -162,13 +161,6 @@ class Codes:
 def rows(values: torch.Tensor, plate: Plate, event_dim: int = 0) -> torch.Tensor:
     """``(num, *plates, *event)`` as one row for every datum: ``(num, batch, D)``."""
     return values.unsqueeze(-1).movedim(plate.dim - event_dim - 1, 1).flatten(2)
-
-
-def unwrapped(fn: Distribution) -> Distribution:
-    """A distribution without declarations of events, masks and copies around it."""
-    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 def require_fixed_by_data(codes: Codes, guide: Callable[[], Any], where: str, fix: str) -> None:

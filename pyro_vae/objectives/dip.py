@@ -7,12 +7,12 @@ import torch
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 from torch.nn.functional import pad
 
+from pyro_vae.densities import unwrapped
 from pyro_vae.objectives.codes import (
     CodeObjective,
     Codes,
     require_fixed_by_data,
     rows,
-    unwrapped,
 )
 from pyro_vae.objectives.objective import check_weight
 from pyro_vae.runs import Run

@@ -6,11 +6,12 @@ from typing import Any, Literal
 import torch
 
 from pyro_vae.checks import check_at_least
+from pyro_vae.densities import elementwise
 from pyro_vae.objectives.objective import Objective, check_weight, require_reparameterized
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
-from pyro_vae.terms import Term, Terms, elementwise, kl_per_dimension, require_terms, terms_of
+from pyro_vae.terms import Term, Terms, kl_per_dimension, require_terms, terms_of
 from pyro_vae.traces import is_latent, is_point_mass, sites_of
 
 __all__ = ["TraceFreeBits_ELBO"]

@@ -5,16 +5,14 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch.distributions import Distribution
 
-from pyro_vae.checks import check_at_least, support_of
-from pyro_vae.dependence import unchecked
+from pyro_vae.checks import check_at_least
+from pyro_vae.densities import log_prob_anywhere, unwrapped
 from pyro_vae.objectives.codes import (
     CodeObjective,
     Codes,
     require_fixed_by_data,
     rows,
-    unwrapped,
 )
 from pyro_vae.objectives.objective import check_weight
 from pyro_vae.runs import Run
@@ -222,18 +220,11 @@ def _pairwise(run: Run, codes: Codes) -> torch.Tensor:
         dim = plate.dim - event_dim
         value = run.spread(site["value"], site, event_dim)
         # Codes in a new first dimension, the rows of the distribution where they are.
-        log_prob = _log_prob(unwrapped(site["fn"]), value.movedim(dim, 0).unsqueeze(dim))
+        log_prob = log_prob_anywhere(unwrapped(site["fn"]), value.movedim(dim, 0).unsqueeze(dim))
         log_prob = log_prob.expand(plate.size, *value.shape)
         flat = log_prob.unsqueeze(-1).movedim(dim - 1, 2).flatten(3)
         parts.append(flat.transpose(0, 1))
     return torch.cat(parts, 3)
-
-
-def _log_prob(fn: Distribution, value: torch.Tensor) -> torch.Tensor:
-    """Log-density, -inf outside the support, which may differ from row to row."""
-    log_prob: torch.Tensor = unchecked(fn).log_prob(value)
-    support = support_of(fn)
-    return log_prob if support is None else log_prob.where(support.check(value), -torch.inf)
 
 
 def _with_sampled_kl(terms: Terms, codes: Codes) -> Terms:

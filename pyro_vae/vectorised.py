@@ -15,7 +15,7 @@ from pyro.ops.contract import contract_to_tensor
 from torch.distributions import constraints
 
 from pyro_vae.checks import support_of
-from pyro_vae.evaluation.elimination import ExactLogRing, with_dims
+from pyro_vae.elimination import ExactLogRing, with_dims
 from pyro_vae.handlers import replay_values
 from pyro_vae.traces import (
     DataPlates,

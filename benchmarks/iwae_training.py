@@ -1,6 +1,6 @@
 """Speed of training by importance-weighted bounds, beside Pyro, PyTorch by hand and the limit.
 
-    python benchmarks/iwae.py
+    python benchmarks/iwae_training.py
 
 A step is the loss of a batch and its gradient, without the optimizer, of a VAE with 50 latents,
 two layers of 200 hidden units and 784 pixels. The limit is the matrix products of the decoder

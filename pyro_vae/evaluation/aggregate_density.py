@@ -1,20 +1,16 @@
 """Densities of codes: whole, of their single dimensions, and of the mixture over all data."""
 
 import math
-from copy import copy
-from typing import Any
 
 import torch
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from torch.distributions import (
     Distribution,
-    Independent,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
 )
 
-from pyro_vae.checks import support_of
+from pyro_vae.densities import log_prob_anywhere, unwrapped
 
 __all__ = ["AggregateDensity", "log_prob_of_rows"]
 
@@ -40,9 +36,9 @@ class AggregateDensity:
     """
 
     def __init__(self, fn: Distribution, kept: torch.Tensor, *, where: str, site: str) -> None:
-        self._fn, self._kept = _unchecked(fn), kept
+        self._fn, self._kept = fn, kept
         self.num_data = int(kept.sum())
-        base = _unwrapped(self._fn)
+        base = unwrapped(self._fn)
         self._is_product = not base.event_shape
         if isinstance(base, MultivariateNormal | LowRankMultivariateNormal):
             base = Normal(base.mean, base.variance.sqrt(), validate_args=False)
@@ -107,35 +103,15 @@ def log_prob_of_rows(fn: Distribution, codes: torch.Tensor) -> torch.Tensor:
         Nats, float64: of every dimension if they are independent, ``(S, rows, dimensions)``,
         else of whole codes, ``(S, rows)``.
     """
-    fn = _unchecked(fn)
     shape = (*fn.batch_shape, *fn.event_shape)
-    value, base = codes.reshape(len(codes), *shape), _unwrapped(fn)
+    value, base = codes.reshape(len(codes), *shape), unwrapped(fn)
     if base.event_shape:
         return _log_prob(fn, value, fn.batch_shape).reshape(codes.shape[:2])
     log_prob = _log_prob(base, value, shape)
     return log_prob.reshape(*codes.shape[:2], -1)
 
 
-def _unwrapped(fn: Any) -> Distribution:
-    """Without declarations of events, copies along the batch, and masks over rows."""
-    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def _unchecked(fn: Any) -> Any:
-    """A copy that does not raise outside its support, nor look at every number of a chunk."""
-    fn = copy(fn)
-    fn._validate_args = False
-    if hasattr(fn, "base_dist"):
-        fn.base_dist = _unchecked(fn.base_dist)
-    return fn
-
-
 def _log_prob(fn: Distribution, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Log-density in float64, -inf outside the support: ``(len(value), *shape)``."""
-    log_prob = fn.log_prob(value).to(torch.float64)
-    support = support_of(fn)
-    if support is not None:  # It may differ from row to row, as a Uniform's does.
-        log_prob = log_prob.where(support.check(value), -torch.inf)
+    log_prob = log_prob_anywhere(fn, value).to(torch.float64)
     return log_prob.expand(len(value), *shape)
