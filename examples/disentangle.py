@@ -4,11 +4,12 @@
 
 Small pictures of one shape each, whose shape, scale, rotation and position are known. Every method
 trains the same networks; a variant is a handler around the programs or another objective. Prints
-how well the codes (means of the guide) of held-out pictures align with the factors, by five
-scores whose protocols stand in their docstrings, and draws traversals: one row for each latent,
-the most informative first. Expect the variants above the plain VAE in MIG and DCI, and x and y to
-be found by most. Seeds matter as much as methods (Locatello et al. 2019, Challenging common
-assumptions, https://arxiv.org/abs/1811.12359). Takes about five minutes on one core.
+how well the codes (means of the guide) of held-out pictures align with the factors, by five scores
+whose protocols stand in their docstrings, and draws traversals, a row for each of the five most
+informative latents. Expect a MIG of about 0.2 for the plain VAE and of nearly 0.4 for beta-VAE and
+beta-TCVAE, which give x, y and scale a latent each. Seeds matter as much as methods (Locatello et
+al. 2019, Challenging common assumptions, https://arxiv.org/abs/1811.12359). Takes about five
+minutes on one core.
 """
 
 import argparse
@@ -44,11 +45,13 @@ LATENT_DIM = 8
 def methods(num_data: int) -> dict[str, tuple[float, Any]]:
     """Beta around both programs and the objective, by name."""
     discriminator = MLP(LATENT_DIM, [200, 200, 200], 1, activation=torch.nn.LeakyReLU)
+    # Ten times the paper's learning rate, for a run that is much shorter.
+    adam = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9))
     return {
         "VAE": (1.0, TraceMeanField_ELBO()),
         "beta-VAE": (4.0, TraceMeanField_ELBO()),
         "beta-TCVAE": (1.0, TraceTotalCorrelation_ELBO(num_data, beta=6.0)),
-        "FactorVAE": (1.0, TraceFactor_ELBO(10.0, discriminator)),
+        "FactorVAE": (1.0, TraceFactor_ELBO(10.0, discriminator, optimizer=adam)),
         "DIP-VAE II": (1.0, TraceDIP_ELBO(off_diagonal=10.0, diagonal=10.0, kind="II")),
     }
 
@@ -104,16 +107,16 @@ def main(args: Args) -> pd.DataFrame:
 
 
 def draw(pairs: dict[str, Any], x: torch.Tensor, path: Path) -> None:
-    """Writes traversals of one picture, a row for each latent, the most informative first."""
+    """Writes traversals of one picture, a row for each of the five most informative latents."""
     from matplotlib import pyplot as plt
 
     from pyro_vae import plots
 
-    figure, panels = plt.subplots(1, len(pairs), figsize=(17, 4.5), layout="constrained")
+    figure, panels = plt.subplots(1, len(pairs), figsize=(18, 3), layout="tight")
     for ax, (name, (model, guide)) in zip(panels, pairs.items(), strict=True):
         order = latents.encode(guide, x).mean.var(0).argsort(descending=True).tolist()
         values = torch.linspace(-2, 2, 7)
-        images = latents.traverse(model, guide, x[:1], dims=order, values=values)
+        images = latents.traverse(model, guide, x[:1], dims=order[:5], values=values)
         plots.plot_images(images.flatten(0, 2), 7, ax=ax)
         ax.set_title(name)
     figure.savefig(path, dpi=150)

@@ -7,8 +7,10 @@ reparameterized gradient estimators. Trains the same VAE on 1,437 images (8x8, b
 every batch) with K = 1, 5 and 50 particles, for K = 50 with three estimators of the gradient, and
 prints for 360 held-out images, binarised once, the mean bounds at several K, the log-likelihood
 from 5,000 particles with two standard errors (over images, and Monte Carlo) and the number of
-active units. Draws the signal-to-noise ratio of the encoder's gradient against K. Takes MINUTES
-on one core. Expect EXPECT
+active units. Draws the signal-to-noise ratio of the encoder's gradient against K: it falls for
+"standard", into the noise, and rises for the others. Takes under three minutes on one core. Expect
+log-likelihoods of -27.8, -27.3 and -27.0 nats with 7, 17 and 20 active units as K grows (while
+the ELBO falls), and 0.05 nats more with "stl" or "dreg".
 """
 
 import argparse
@@ -48,34 +50,28 @@ def build(args: argparse.Namespace) -> tuple[VAE, AmortizedNormal]:
     return VAE(decoder, Bernoulli(), prior), AmortizedNormal(encoder)
 
 
-def train(pair: Any, x: torch.Tensor, num: int, estimator: Any, args: argparse.Namespace) -> None:
+def train(pair: Any, x: torch.Tensor, num: int, estimator: Any, num_epochs: int) -> None:
     """Trains by SVI with Adam, its learning rate falling to zero along a cosine."""
     batches = Batches(x, batch_size=100, transform=binarize)
-    num_steps = args.epochs * len(batches)
-    optimizer = pyro.optim.LambdaLR(
-        {
-            "optimizer": torch.optim.Adam,
-            "optim_args": {"lr": 2e-3},
-            "lr_lambda": lambda step: (1 + math.cos(math.pi * min(step / num_steps, 1))) / 2,
-        }
-    )
+    num_steps = num_epochs * len(batches)
+    settings: dict[str, Any] = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-3}}
+    settings["lr_lambda"] = lambda step: (1 + math.cos(math.pi * min(step / num_steps, 1))) / 2
+    optimizer = pyro.optim.LambdaLR(settings)
     svi = SVI(pair[0], pair[1], optimizer, TraceIWAE_ELBO(num, estimator))
-    fit(svi, batches, args.epochs, schedules=[optimizer])
+    fit(svi, batches, num_epochs, schedules=[optimizer])
 
 
-def row(
-    num: int, estimator: str, pair: Any, x: torch.Tensor, args: argparse.Namespace
-) -> dict[str, Any]:
-    """One line of the table."""
-    result: dict[str, Any] = {"K": num, "estimator": estimator}
-    for at in (1, 5, 50, args.num_particles):
+def evaluate(pair: Any, x: torch.Tensor, num_particles: int) -> dict[str, float]:
+    """Mean bounds and what belongs to them; the last, from most particles, is the estimate."""
+    result = {"ELBO": math.nan}
+    for num in (5, 50, num_particles):
         parts = [
-            importance_weighted_log_likelihood(*pair, part, num_particles=max(at, 2))
+            importance_weighted_log_likelihood(*pair, part, num_particles=num)
             for part in x.split(60)
         ]
         estimate = LogLikelihoodEstimate.cat(parts)
-        bound = float(estimate.elbo.mean()) if at == 1 else estimate.mean()
-        result["ELBO" if at == 1 else f"L_{at}"] = bound
+        result[f"L_{num}"] = estimate.mean()
+    result["ELBO"] = float(estimate.elbo.mean())
     result["+- images"] = estimate.data_standard_error()
     result["+- MC"] = estimate.mean_standard_error()
     result["active"] = active_units(pair[1], x).count
@@ -85,30 +81,35 @@ def row(
 def signal_to_noise(
     pair: Any, x: torch.Tensor, num: int, estimator: Any, num_repeats: int
 ) -> float:
-    """Length of the mean of the encoder's gradient, over its root mean squared deviation."""
+    """Length of the mean of the encoder's gradient over its root mean squared deviation.
+
+    Noise alone gives 1 / sqrt(num_repeats).
+    """
     objective, parameters = TraceIWAE_ELBO(num, estimator), list(pair[1].parameters())
     grads = []
     for _ in range(num_repeats):
         loss = objective.differentiable_loss(*pair, x)
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     stacked = torch.stack(grads)
-    noise = float(stacked.var(0).sum())
-    # The mean's own noise makes it longer.
-    signal = float(stacked.mean(0).square().sum()) - noise / num_repeats
-    return math.sqrt(max(signal, 0.0) / noise)
+    return math.sqrt(float(stacked.mean(0).square().sum() / stacked.var(0).sum()))
 
 
-def draw(pair: Any, x: torch.Tensor, args: argparse.Namespace) -> None:
-    """Writes the figure of the signal-to-noise ratios, at the same parameters for all."""
+def draw(x: torch.Tensor, batch: torch.Tensor, args: argparse.Namespace) -> None:
+    """Writes the figure of the signal-to-noise ratios, all at the same point early in training."""
     from matplotlib import pyplot as plt
 
-    nums = [num for num in (1, 2, 5, 10, 20, 50, 100, 200) if num <= args.largest]
+    pair, num_epochs = build(args), min(20, args.epochs)
+    train(pair, x, 1, "standard", num_epochs)
+    nums = [1, 2, 5, 10, 20, 50, 100, 200]
     figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
     for estimator in tqdm(ESTIMATORS, desc="signal to noise", unit="estimator"):
-        ratios = [signal_to_noise(pair, x, num, estimator, args.repeats) for num in nums]
+        ratios = [signal_to_noise(pair, batch, num, estimator, args.repeats) for num in nums]
         ax.plot(nums, ratios, marker="o", label=estimator)
+    ax.axhline(
+        args.repeats**-0.5, color="grey", linestyle=":", label=f"noise of {args.repeats} gradients"
+    )
     ax.set(xscale="log", yscale="log", xlabel="K, particles", ylabel="signal / noise")
-    ax.set_title("gradient of the encoder, ELBO-trained VAE", fontsize="small")
+    ax.set_title(f"the encoder's gradient after {num_epochs} epochs with K = 1", fontsize="small")
     ax.legend()
     figure.savefig(args.out / "signal_to_noise.png", dpi=150)
     plt.close()
@@ -119,18 +120,19 @@ def main(args: argparse.Namespace) -> pd.DataFrame:
     args.out.mkdir(parents=True, exist_ok=True)
     (x, _), (x_test, _) = load_digits(seed=args.seed)
     torch.manual_seed(args.seed)
-    held_out, rows, pairs = binarize(x_test), [], []
+    held_out, rows = binarize(x_test), []
     for num, estimator in RUNS:
-        pairs.append(build(args))
+        pair = build(args)
         start = time.perf_counter()
-        train(pairs[-1], x, num, estimator, args)
+        train(pair, x, num, estimator, args.epochs)
         seconds = time.perf_counter() - start
-        rows.append({**row(num, estimator, pairs[-1], held_out, args), "seconds": seconds})
+        result = evaluate(pair, held_out, args.num_particles)
+        rows.append({"K": num, "estimator": estimator, **result, "seconds": seconds})
     table = pd.DataFrame(rows)
     table.to_csv(args.out / "iwae.csv", index=False)
     print(f"\nnats per image, {len(held_out)} held-out digits, seconds of training\n")
-    print(table.to_string(index=False, float_format="{:.2f}".format))
-    draw(pairs[0], held_out[:20], args)
+    print(table.to_string(index=False, float_format="{:.3f}".format))
+    draw(x, held_out[:20], args)
     print(f"\nThe table and the figure are in {args.out}/")
     return table
 
@@ -139,9 +141,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--latent-dim", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--num-particles", type=int, default=5000)
-    parser.add_argument("--largest", type=int, default=200, help="K in the figure")
     parser.add_argument("--repeats", type=int, default=200, help="gradients in the figure")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--seed", type=int, default=0)
@@ -151,6 +152,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.smoke_test:
-        arguments.epochs, arguments.num_particles, arguments.hidden = 1, 60, 20
-        arguments.largest, arguments.repeats = 5, 3
+        arguments.epochs, arguments.num_particles = 1, 60
+        arguments.hidden, arguments.repeats = 20, 3
     main(arguments)

@@ -1,7 +1,6 @@
 """Export of a model/guide pair on one batch to ArviZ."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,8 +94,7 @@ def to_inference_data(
             pair = trace_pair(model, guide, args, kwargs, _WHERE)
         plates = data_plates(pair, _WHERE)
         layout = _Layout(pair, plates)
-        bound = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
-        draws = Draws(*bound, pair, plates, _WHERE)
+        draws = Draws(pair, plates, _WHERE)
         chunk_size = chunk_size or draws.chunk_size_within(_CHUNK_BYTES)
         chunks = list(_chunks(draws, num_samples, chunk_size, layout))
         observed = {

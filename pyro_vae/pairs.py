@@ -1,7 +1,8 @@
 """One execution of a model and its guide, checked: that they belong together and fit the data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,11 +35,15 @@ class Pair:
         guide_trace: Trace of the guide.
         model_trace: Trace of the model, replayed on the guide's values.
         enumerated: Names of the model's discrete latents that the guide leaves out.
+        model: The model, bound to its arguments.
+        guide: The guide, bound to its arguments.
     """
 
     guide_trace: poutine.Trace
     model_trace: poutine.Trace
     enumerated: tuple[str, ...]
+    model: Callable[[], Any]
+    guide: Callable[[], Any]
 
     @property
     def guide_sites(self) -> dict[str, Site]:
@@ -98,7 +103,8 @@ def trace_pair(model: Any, guide: Any, args: Any, kwargs: Any, where: str) -> Pa
             _check_batch_shape(name, site, where)
     enumerated = _check_latents(guide_trace, model_trace, where)
     check_observations(where, sites_of(model_trace, is_observed))
-    return Pair(guide_trace, model_trace, enumerated)
+    bound_model, bound_guide = (partial(program, *args, **kwargs) for program in (model, guide))
+    return Pair(guide_trace, model_trace, enumerated, bound_model, bound_guide)
 
 
 def common_plates(

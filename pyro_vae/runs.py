@@ -95,6 +95,8 @@ class Run:
         model_trace: Trace of the model, replayed on the guide's values.
         num_particles: How many particles it holds.
         nesting: How many dimensions the plates take, particles not counted.
+        model: The model, bound to its arguments.
+        guide: The guide, bound to its arguments.
         links: The joints between guide and model, where asked for.
     """
 
@@ -102,7 +104,15 @@ class Run:
     model_trace: poutine.Trace
     num_particles: int
     nesting: int
+    model: Callable[[], Any]
+    guide: Callable[[], Any]
     links: Links | None = None
+
+    @staticmethod
+    def of(pair: Pair) -> "Run":
+        """The first execution of a pair, of one particle."""
+        traces = pair.guide_trace, pair.model_trace
+        return Run(*traces, 1, pair.max_plate_nesting, pair.model, pair.guide)
 
     def plates(self, site: Site) -> frozenset[Plate]:
         """The plates around a site, that of the particles not counted."""
@@ -201,7 +211,8 @@ class Runner:
             rows.nodes.update(sites_of(trace, site_is_subsample))
         traces = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
         self._check_latents(*traces)
-        return Run(*traces, num_particles, self.nesting, links)
+        model, guide = (partial(program, *args, **kwargs) for program in (self.model, self.guide))
+        return Run(*traces, num_particles, self.nesting, model, guide, links)
 
     def _check_latents(self, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
         """A program may sample other latents than it did at the first look."""

@@ -243,7 +243,7 @@ def require_terms(pair: Pair, where: str) -> Terms:
     Raises:
         ValueError: If no plate is over the data, or if a latent's scale differs in the guide.
     """
-    run = Run(pair.guide_trace, pair.model_trace, 1, pair.max_plate_nesting)
+    run = Run.of(pair)
     if not data_plates_of(run):
         sites = sites_of(run.model_trace, is_random)
         around = {n: [p.name for p in sorted(run.plates(s))] for n, s in sites.items()}

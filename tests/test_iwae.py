@@ -142,7 +142,8 @@ def test_the_bound_by_hand(estimator: Any, vectorize: bool) -> None:
         objective = TraceIWAE_ELBO(4, estimator, vectorize_particles=vectorize, **variant)
         recorder = Recorder()
         pair, num = (model, recorder(guide)), 4 * variant.get("num_groups", 1)
-        for evaluate in (objective.loss, objective.loss_and_grads, objective.differentiable_loss):
+        ways = objective.loss, objective.loss_and_grads, objective.differentiable_loss
+        for evaluate in (*ways, objective.training_loss):
             loss = float(torch.as_tensor(evaluate(*pair, x)).detach())
             u = recorder.last("u", num, 6, 2)
             log_w = log_p_by_hand(params, x, u) - log_q_by_hand(params, x, u)

@@ -1,5 +1,6 @@
 """What every public objective promises: one suite, to which a new one is added by one line."""
 
+import copy
 import gc
 import inspect
 import weakref
@@ -270,6 +271,17 @@ def test_reporting_changes_nothing(make: Make) -> None:
         watched.training_loss(p.model, p.guide, p.x)
         with torch.no_grad():
             watched.differentiable_loss(p.model, p.guide, p.x)
+
+
+@pytest.mark.parametrize("name", ["factor", "geco"])
+def test_what_it_learns_itself_goes_on_with_every_gradient(name: str) -> None:
+    """Whichever way the gradient is asked for."""
+    p, objective = LinearCodes(), MAKE[name]()
+    states = [copy.deepcopy(objective.state_dict())]
+    for method in (objective.loss_and_grads, objective.differentiable_loss):
+        method(p.model, p.guide, p.x)
+        states.append(copy.deepcopy(objective.state_dict()))
+    assert len({str(state) for state in states}) == 3
 
 
 class Noisy(nn.Module):

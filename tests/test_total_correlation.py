@@ -322,7 +322,7 @@ def test_the_run_of_a_single_particle_has_the_shape_of_many() -> None:
     p = LinearCodes()
     trace = poutine.trace(p.guide).get_trace(p.x)
     model = poutine.trace(poutine.replay(p.model, trace=trace)).get_trace(p.x)
-    run = Run(trace, model, 1, 1)
+    run = Run(trace, model, 1, 1, print, print)
     objective = TraceTotalCorrelation_ELBO(40)
     objective.loss(p.model, p.guide, p.x)
     codes = objective._codes([run], terms_of([run]).scales)

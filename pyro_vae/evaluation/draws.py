@@ -19,8 +19,6 @@ class Draws:
     """Draws of latents and data from prior and guide, by the names of ArviZ's groups.
 
     Args:
-        model: The model, bound to its arguments.
-        guide: The guide, bound to its arguments.
         pair: A checked execution of both.
         plates: Their data plates.
         where: The function that asks, for the messages.
@@ -29,14 +27,9 @@ class Draws:
         predicted: The observed sites that have a value, which a factor has not.
     """
 
-    def __init__(
-        self,
-        model: Callable[[], Any],
-        guide: Callable[[], Any],
-        pair: Pair,
-        plates: DataPlates,
-        where: str,
-    ) -> None:
+    def __init__(self, pair: Pair, plates: DataPlates, where: str) -> None:
+        model = pair.model
+
         def program(
             of: Callable[[], Any], role: str = "model", enumerated: tuple[str, ...] = ()
         ) -> VectorisedProgram:
@@ -49,7 +42,7 @@ class Draws:
         self.predicted = {
             name: site for name, site in scored.items() if not isinstance(site["fn"], Unit)
         }
-        self._guide = Particles(model, guide, pair, plates, where)
+        self._guide = Particles(pair, plates, where)
         self._enumerated = program(model, enumerated=pair.enumerated) if pair.enumerated else None
         self._likelihoods = {name: program(_Only(name)(model)) for name in scored}
         self._posterior = program(_Resample()(model), "resampled model")

@@ -1,7 +1,6 @@
 """Importance-weighted log-likelihood of any model/guide pair."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from pyro_vae.checks import check_at_least, refuse_subsampling
@@ -85,8 +84,7 @@ def importance_weighted_log_likelihood(
             pair = trace_pair(model, guide, args, kwargs, where)
         refuse_point_mass(pair, where)
         plates = data_plates(pair, where)
-        bound = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
-        particles = Particles(*bound, pair, plates, where)
+        particles = Particles(pair, plates, where)
         if chunk_size is None:
             default = _CHUNK_BYTES.get(pair.device.type, _CHUNK_BYTES_ACCELERATOR)
             chunk_size = particles.chunk_size_within(chunk_bytes or default)

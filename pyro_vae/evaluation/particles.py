@@ -1,13 +1,13 @@
 """Log-weights of a model/guide pair on one batch, any number of particles in bounded memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_vae.dependence import provenance
+from pyro_vae.dependence import dependent_latents
 from pyro_vae.pairs import Pair
 from pyro_vae.traces import (
     DataPlates,
@@ -30,32 +30,23 @@ class Particles:
     """The log-weights log p(x, z) - log q(z | x) of particles z from the guide.
 
     Args:
-        model: The model, bound to its arguments.
-        guide: The guide, bound to its arguments.
         pair: A checked execution of both.
         plates: Their data plates.
         where: The function that asks, for the messages.
     """
 
-    def __init__(
-        self,
-        model: Callable[[], Any],
-        guide: Callable[[], Any],
-        pair: Pair,
-        plates: DataPlates,
-        where: str,
-    ) -> None:
+    def __init__(self, pair: Pair, plates: DataPlates, where: str) -> None:
         nesting = pair.max_plate_nesting
         common = plates, nesting, where, pair.latent_shapes
-        self._model = VectorisedProgram(model, "model", *common, pair.enumerated)
-        self._guide = VectorisedProgram(guide, "guide", *common)
+        self._model = VectorisedProgram(pair.model, "model", *common, pair.enumerated)
+        self._guide = VectorisedProgram(pair.guide, "guide", *common)
         self._sites = pair.guide_sites
         self._nesting, self._plates, self._where = nesting, plates, where
         self.device = pair.device
-        # A factor in the guide may depend on any latent.
+        # Whether no distribution of the guide depends on another latent; a factor may on any.
         has_factor = bool(sites_of(pair.guide_trace, is_observed))
-        self._factorises = (
-            bool(self._sites) and not has_factor and _factorises(guide, set(self._sites))
+        self._factorises = not has_factor and (
+            len(self._sites) == 1 or not dependent_latents(pair.guide, pair.guide_trace)
         )
 
     def log_weights(self, num_particles: int, chunk_size: int) -> Iterator[torch.Tensor]:
@@ -134,16 +125,6 @@ class Particles:
             f"{self._where}: expected finite log-weights, got {int(bad.sum())} that are not. "
             "Look at the scales of the likelihood and of the guide."
         )
-
-
-def _factorises(guide: Callable[[], Any], names: set[str]) -> bool:
-    """Whether no guide distribution depends on the value of another latent of the guide."""
-    if len(names) == 1:
-        return True
-    try:
-        return not any(provenance(guide).values())
-    except Exception:  # Provenance does not pass every operation; not knowing costs only speed.
-        return False
 
 
 class _ByteCounter(TorchDispatchMode):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from pyro_vae.terms import Scales, Terms, data_plates_of, require_terms
 from pyro_vae.traces import Plate, Site, is_latent, layers, sites_of
 
 __all__ = ["CodeObjective", "Codes", "require_fixed_by_data", "rows"]
-
-Program = Callable[..., Any]
 
 
 class CodeObjective(Objective):
@@ -53,19 +50,12 @@ class CodeObjective(Objective):
         self.sites = None if sites is None else tuple(sites)
         self._names = self.sites or ()
 
-    def _runs(
-        self, model: Program, guide: Program, args: Any, kwargs: Any, *, training: bool
-    ) -> list[Run]:
-        # For what traces do not tell: what depends on what, and samples of the prior.
-        self._programs = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
-        return super()._runs(model, guide, args, kwargs, training=training)
-
     def _check(self, pair: Pair) -> None:
         where = type(self).__name__
         fix = "Use a distribution with rsample, or train with Trace_ELBO."
         require_reparameterized(pair, where, fix)
         terms = require_terms(pair, where)
-        run = Run(pair.guide_trace, pair.model_trace, 1, pair.max_plate_nesting)
+        run = Run.of(pair)
         plates = data_plates_of(run)
         if len(plates) != 1:
             raise ValueError(
@@ -163,16 +153,15 @@ def rows(values: torch.Tensor, plate: Plate, event_dim: int = 0) -> torch.Tensor
     return values.unsqueeze(-1).movedim(plate.dim - event_dim - 1, 1).flatten(2)
 
 
-def require_fixed_by_data(codes: Codes, guide: Callable[[], Any], where: str, fix: str) -> None:
+def require_fixed_by_data(codes: Codes, where: str, fix: str) -> None:
     """Raises if the guide's distribution of a code depends on the value of another latent.
 
     Args:
         codes: The codes of a first execution.
-        guide: The guide, bound to its arguments.
         where: The objective, for the message.
         fix: What to do instead.
     """
-    dependent = dependent_latents(guide, codes.runs[0].guide_trace)
+    dependent = dependent_latents(codes.runs[0].guide, codes.runs[0].guide_trace)
     for name in codes.names:
         if name in dependent:
             raise ValueError(

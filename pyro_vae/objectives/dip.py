@@ -100,7 +100,7 @@ class TraceDIP_ELBO(CodeObjective):
         for name in codes.names:
             _check_moments(codes.runs[0].guide_trace.nodes[name], self.kind)
         fix = "Draw its distribution from the data alone, or leave it out of sites."
-        require_fixed_by_data(codes, self._programs[1], "TraceDIP_ELBO", fix)
+        require_fixed_by_data(codes, "TraceDIP_ELBO", fix)
 
     def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
         terms = terms_of(runs)

@@ -39,8 +39,8 @@ class TraceIWAE_ELBO(Objective):
       The signal-to-noise ratio of the guide's gradient falls with K.
     - ``"stl"``: without the score of the guide's density. At the exact posterior the guide's
       gradient is zero; elsewhere it is biased for K > 1.
-    - ``"dreg"``: doubly reparameterised, unbiased; zero at the exact posterior, and its
-      signal-to-noise ratio rises with K.
+    - ``"dreg"``: doubly reparameterised, unbiased; zero at the exact posterior. Its
+      signal-to-noise ratio rises with K, where no few particles carry all the weight.
     - ``"vimco"``: as standard, the score function with leave-one-out control variates.
 
     Args:
@@ -139,7 +139,8 @@ class TraceIWAE_ELBO(Objective):
         loss = -draws.scales.total(bound)
         if not training:
             return loss, loss
-        return loss, -self._surrogate(draws, log_w)
+        surrogate = self._surrogate(draws, log_w)
+        return loss, loss + (surrogate.detach() - surrogate)
 
     def _combine(self, of_bound: torch.Tensor, of_elbo: torch.Tensor | float) -> torch.Tensor:
         """Convex combination of what belongs to the importance-weighted bound and to the ELBO."""
@@ -149,7 +150,7 @@ class TraceIWAE_ELBO(Objective):
         return (1 - weight) * of_bound + weight * of_elbo
 
     def _surrogate(self, draws: "_Draws", log_w: torch.Tensor) -> torch.Tensor:
-        """What has the gradient of the estimator.
+        """What has the gradient of the estimator; its value means nothing.
 
         It is a sum over particles, with coefficients for the model's parameters (``of_model``)
         and, through the samples, for the guide's (``of_path``).
@@ -322,8 +323,7 @@ class _Draws:
             link.valve.closed = False
         for grad, (_, sample) in zip(grads, pairs, strict=True):
             if grad is not None:
-                # Minus its own value: only the gradient is wanted.
-                total = total + (grad.detach() * (sample - sample.detach())).sum()
+                total = total + (grad.detach() * sample).sum()
         return total
 
 

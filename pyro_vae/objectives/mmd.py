@@ -128,7 +128,8 @@ class TraceMMD_ELBO(CodeObjective):
 
     def _check_codes(self, codes: Codes, terms: Terms) -> None:
         _require_pairs(codes)
-        dependent = dependent_latents(self._programs[0], codes.runs[0].model_trace)
+        (run,) = codes.runs
+        dependent = dependent_latents(run.model, run.model_trace)
         self._is_ancestral = not dependent.isdisjoint(codes.names)
 
     def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,8 +150,9 @@ class TraceMMD_ELBO(CodeObjective):
         with torch.no_grad():
             if not self._is_ancestral:
                 return codes.collect(lambda site: site["fn"].sample(), "model")
-            trace = _sample_latents(self._programs[0], codes.names)
-            drawn = Run(trace, trace, 1, codes.runs[0].nesting)
+            first = codes.runs[0]
+            trace = _sample_latents(first.model, codes.names)
+            drawn = replace(first, guide_trace=trace, model_trace=trace, num_particles=1)
             return replace(codes, runs=[drawn]).values
 
     def _squared_discrepancy(

@@ -139,7 +139,7 @@ class TraceTotalCorrelation_ELBO(CodeObjective):
                     "such as Normal(loc, scale).to_event(1), or leave it out of sites."
                 )
         fix = "Draw its distribution from the data alone, or leave it out of sites."
-        require_fixed_by_data(codes, self._programs[1], where, fix)
+        require_fixed_by_data(codes, where, fix)
         first, *others = (_scale_rows(terms, codes, name) for name in codes.names)
         for name, scale in zip(codes.names[1:], others, strict=True):
             if not torch.allclose(first, scale):
