@@ -117,7 +117,7 @@ def draw(pairs: dict[str, Any], x: torch.Tensor, path: Path) -> None:
         order = latents.encode(guide, x).mean.var(0).argsort(descending=True).tolist()
         values = torch.linspace(-2, 2, 7)
         images = latents.traverse(model, guide, x[:1], dims=order[:5], values=values)
-        plots.plot_images(images.flatten(0, 2), 7, ax=ax)
+        plots.plot_images(images.flatten(0, 2), 7, cmap="gray", ax=ax)
         ax.set_title(name)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -5,10 +5,11 @@
 Trains one hierarchical VAE on binarised digits with a bottom-up guide (Burda et al. 2016) and with
 the ladder's, which shares the model's top-down conditionals (Sonderby et al. 2016, Ladder
 variational autoencoders, https://arxiv.org/abs/1602.02282), each with and without a warm-up of
-beta and free bits (Kingma et al. 2016). Prints held-out log-likelihoods, the KL and the active
-units of each layer. Expect the help to be worth about a nat with the bottom-up guide and two with the ladder,
-whose upper layers are dead without it. The picture shows what each layer decides: digits that share the code of one
-layer and have the layers below drawn anew. Takes about three minutes on one core.
+beta and free bits (Kingma et al. 2016). Prints held-out log-likelihoods, and the KL and the active
+units of each layer. Expect the help to be worth about a nat with the bottom-up guide, and two with
+the ladder, whose upper layers are dead without it. The picture shows what each layer decides:
+digits that share the code of one layer and have those below drawn anew. Takes about two minutes on
+one core.
 """
 
 import argparse

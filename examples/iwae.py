@@ -25,7 +25,7 @@ import torch
 from pyro.infer import SVI
 from tqdm import tqdm
 
-from pyro_vae import LogLikelihoodEstimate, fit, importance_weighted_log_likelihood
+from pyro_vae import fit, importance_weighted_log_likelihood
 from pyro_vae.datasets import Batches, binarize, load_digits
 from pyro_vae.evaluation import active_units
 from pyro_vae.guides import AmortizedNormal
@@ -65,11 +65,7 @@ def evaluate(pair: Any, x: torch.Tensor, num_particles: int) -> dict[str, float]
     """Mean bounds and what belongs to them; the last, from most particles, is the estimate."""
     result = {"ELBO": math.nan}
     for num in (5, 50, num_particles):
-        parts = [
-            importance_weighted_log_likelihood(*pair, part, num_particles=num)
-            for part in x.split(60)
-        ]
-        estimate = LogLikelihoodEstimate.cat(parts)
+        estimate = importance_weighted_log_likelihood(*pair, x, num_particles=num)
         result[f"L_{num}"] = estimate.mean()
     result["ELBO"] = float(estimate.elbo.mean())
     result["+- images"] = estimate.data_standard_error()
@@ -78,16 +74,11 @@ def evaluate(pair: Any, x: torch.Tensor, num_particles: int) -> dict[str, float]
     return result
 
 
-def signal_to_noise(
-    pair: Any, x: torch.Tensor, num: int, estimator: Any, num_repeats: int
-) -> float:
-    """Length of the mean of the encoder's gradient over its root mean squared deviation.
-
-    Noise alone gives 1 / sqrt(num_repeats).
-    """
+def signal_to_noise(pair: Any, x: torch.Tensor, num: int, estimator: Any, repeats: int) -> float:
+    """Length of the encoder's mean gradient over its spread; of noise alone, repeats ** -0.5."""
     objective, parameters = TraceIWAE_ELBO(num, estimator), list(pair[1].parameters())
     grads = []
-    for _ in range(num_repeats):
+    for _ in range(repeats):
         loss = objective.differentiable_loss(*pair, x)
         grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     stacked = torch.stack(grads)

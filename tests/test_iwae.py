@@ -1008,6 +1008,77 @@ def test_a_latent_outside_a_subsampled_plate_is_refused() -> None:
         TraceIWAE_ELBO(5).loss(shared_latent, guide_of_shared, torch.randn(4), torch.tensor([1, 2]))
 
 
+@pytest.mark.parametrize("subsample", [None, torch.tensor([1, 3])])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_loop_over_a_subsampled_plate(subsample: torch.Tensor | None, shared: bool) -> None:
+    """Its rows share one weight, unless there is a latent outside."""
+    recorder, x = Recorder(), torch.randn(6)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0)) if shared else 0.0
+        for i in pyro.plate("rows", 6, subsample=subsample):
+            z = pyro.sample(f"z{i}", dist.Normal(w, 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide() -> None:
+        if shared:
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("rows", 6, subsample=subsample):
+            pyro.sample(f"z{i}", dist.Normal(x[i] / 3, 0.8))
+
+    objective = TraceIWAE_ELBO(4)
+    if shared and subsample is not None:
+        with pytest.raises(ValueError, match="inside the subsampled plate 'rows', got site 'w'"):
+            objective.loss(model, guide)
+        return
+    loss = objective.loss(model, recorder(guide))
+    rows = torch.arange(6) if subsample is None else subsample
+    z = torch.stack([recorder.last(f"z{i}", 4) for i in rows], -1)
+    w = recorder.last("w", 4)[:, None] if shared else 0.0
+    log_w = Normal(w, 1.0).log_prob(z) + Normal(z, 1.0).log_prob(x[rows])
+    log_w = (log_w - Normal(x[rows] / 3, 0.8).log_prob(z)).sum(-1)
+    expected = -6 / len(rows) * float(mean_exp(log_w, 0))
+    assert loss == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("subsample", [None, torch.tensor([1, 3, 4])])
+@pytest.mark.parametrize("only_model", [True, False])
+@pytest.mark.parametrize("weight", [2.0, torch.tensor([[0.3], [2.0], [0.7], [1.0], [1.5], [0.2]])])
+def test_with_one_particle_all_scales_are_pyros(
+    subsample: Any, only_model: bool, weight: Any
+) -> None:
+    """Around both programs or one, around single sites, of rows and of columns, with masks."""
+    params, x = leaves(a=0.3, b=0.5, c=-0.2), torch.randn(6, 3)
+    rows = torch.arange(6) if subsample is None else subsample
+    weight = weight[rows] if isinstance(weight, torch.Tensor) else weight
+    mask, columns = (torch.arange(6) != 3)[rows, None], torch.rand(3)
+
+    def program(in_guide: bool) -> None:
+        with pyro.plate("rows", 6, subsample=subsample, dim=-2), poutine.mask(mask=mask):
+            zero = torch.zeros(len(rows), 1)
+            with poutine.scale(scale=0.5):
+                loc = x[rows, :1] * params["a"] if in_guide else zero
+                z = pyro.sample("z", dist.Normal(loc, 1.0))
+            with pyro.plate("columns", 3, dim=-1), poutine.scale(scale=columns):
+                loc = params["b"] * z + x[rows] * params["c"] if in_guide else z.expand(-1, 3)
+                u = pyro.sample("u", dist.Normal(loc, 0.8))
+                if not in_guide:
+                    pyro.sample("x", dist.Normal(u, 1.0), obs=x[rows])
+            if not in_guide:
+                with poutine.scale(scale=3.0):
+                    pyro.sample("y", dist.Normal(z, 1.0), obs=x[rows, 1:2])
+
+    model = poutine.scale(scale_kl(lambda: program(False), 0.4), weight)
+    guide = scale_kl(lambda: program(True), 0.4)
+    guide = guide if only_model else poutine.scale(guide, weight)
+    results = []
+    for objective in (Trace_ELBO(), TraceIWAE_ELBO(1)):
+        pyro.set_rng_seed(4)
+        loss = objective.differentiable_loss(model, guide)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(params.values()))])
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_the_refusal_also_comes_later() -> None:
     objective, x = TraceIWAE_ELBO(5), torch.randn(4)
     objective.loss(shared_latent, guide_of_shared, x)

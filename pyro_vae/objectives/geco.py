@@ -143,8 +143,9 @@ class TraceGECO_ELBO(Objective):
         if not training:
             return bound, bound
         excess, num_data = self._excess(runs, terms)
-        average = self._next_average(excess.detach()).to(excess)
-        straight_through = excess + (average - excess.detach())
+        self._excess_of_batch = excess.detach()
+        average = self._next_average(self._excess_of_batch).to(excess)
+        straight_through = excess + (average - self._excess_of_batch)
         shared = [term for term in terms.log_likelihood.values() if not term.local]
         loss = terms.sum_of(terms.kl.values()) - terms.sum_of(shared)
         return bound, loss + self.multiplier.to(excess) * num_data * straight_through
@@ -152,10 +153,8 @@ class TraceGECO_ELBO(Objective):
     def _update(self, runs: list[Run]) -> None:
         if not torch.is_grad_enabled():
             return
-        with torch.no_grad():
-            excess, _ = self._excess(runs, terms_of(runs))
-            self.moving_average.copy_(self._next_average(excess))
-            self.multiplier.mul_((self.rate * self.moving_average).exp()).clamp_(*self.limits)
+        self.moving_average.copy_(self._next_average(self._excess_of_batch))
+        self.multiplier.mul_((self.rate * self.moving_average).exp()).clamp_(*self.limits)
 
     def _next_average(self, excess: torch.Tensor) -> torch.Tensor:
         """The moving average with one more batch, float64; the first batch starts it."""

@@ -16,7 +16,7 @@ from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
 from pyro_vae.terms import Scales
-from pyro_vae.traces import Plate, is_latent, is_random, site_log_prob, sites_of
+from pyro_vae.traces import Plate, Site, is_latent, is_random, site_log_prob, sites_of
 
 __all__ = ["TraceIWAE_ELBO"]
 
@@ -221,17 +221,29 @@ def _leave_one_out(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.logaddexp(rest, means) - math.log(num), means
 
 
-def _refuse_shared(around: dict[str, frozenset[Plate]], common: set[int]) -> None:
+def _refuse_shared(
+    of_model: dict[str, Site], of_guide: dict[str, Site], of_data: frozenset[Plate]
+) -> None:
     """Raises if a site lies outside a subsampled plate, or a subsampled plate within a datum."""
-    for plate in frozenset[Plate]().union(*around.values()):
-        if plate.full_size == plate.size or plate.dim in common:
+    dims = {plate.dim for plate in of_data}
+    # Loops over a plate count as well; the guide may call its plates by other names.
+    inside = [(name, {f.name for f in site["cond_indep_stack"]}) for name, site in of_model.items()]
+    for name, site in of_guide.items():
+        stack = site["cond_indep_stack"]
+        inside.append((name, {key for f in stack for key in (f.name, (f.dim, f.size))}))
+    for plate in {f for site in of_model.values() for f in site["cond_indep_stack"]}:
+        if plate.full_size in (None, plate.size) or plate.dim in dims:
             continue
-        outside = [name for name, plates in around.items() if plate not in plates]
-        raise ValueError(
-            f"TraceIWAE_ELBO: expected every random site inside the subsampled plate "
-            f"'{plate.name}', got site '{outside[0]}' outside it: a weight that its rows share "
-            "cannot be estimated from a subsample. Give all rows at once, or train with Trace_ELBO."
-        )
+        outside = [
+            name for name, keys in inside if not keys & {plate.name, (plate.dim, plate.size)}
+        ]
+        if outside:
+            raise ValueError(
+                f"TraceIWAE_ELBO: expected every random site inside the subsampled plate "
+                f"'{plate.name}', got site '{outside[0]}' outside it: a weight that its rows share "
+                "cannot be estimated from a subsample. Give all rows at once, or train with "
+                "Trace_ELBO."
+            )
 
 
 @dataclass(frozen=True)
@@ -257,7 +269,6 @@ class _Draws:
         first = runs[0]
         of_model = sites_of(first.model_trace, is_random)
         of_guide = sites_of(first.guide_trace, is_random)
-        around = {n: first.plates(s) for n, s in (of_guide | of_model).items()}
         # The guide may call the plates of the model by other names.
         in_guide = [{(p.dim, p.size) for p in first.plates(s)} for s in of_guide.values()]
         of_data = frozenset(
@@ -265,7 +276,7 @@ class _Draws:
             for plate in frozenset.intersection(*map(first.plates, of_model.values()))
             if all((plate.dim, plate.size) in plates for plates in in_guide)
         )
-        _refuse_shared(around, {plate.dim for plate in of_data})
+        _refuse_shared(of_model, of_guide, of_data)
         scales = Scales(first, of_data)
         scored = [n for n, s in sites_of(first.guide_trace, is_latent).items() if not _has_path(s)]
         return _Draws(
