@@ -1,6 +1,7 @@
 """Effect handlers around a model or a guide."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from pyro_vae.isolation import Evaluating
 from pyro_vae.schedules import Weight, weight_of
 from pyro_vae.traces import is_latent
 
-__all__ = ["ReplayValuesMessenger", "ScaleKLMessenger", "replay_values", "scale_kl"]
+__all__ = [
+    "ReplayValuesMessenger",
+    "ScaleKLMessenger",
+    "StopAfterMessenger",
+    "replay_values",
+    "scale_kl",
+    "stop_after",
+]
 
 
 class ReplayValuesMessenger(Messenger):
@@ -41,6 +49,50 @@ def replay_values(fn: Callable[..., Any], values: Mapping[str, torch.Tensor]) ->
         tensor(3.)
     """
     return ReplayValuesMessenger(values)(fn)
+
+
+class _Stop(Exception):
+    """All sites asked for have been drawn."""
+
+
+class StopAfterMessenger(Messenger):
+    """The handler behind :func:`stop_after`."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self._missing = set(names)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._missing:
+            self._missing.remove(msg["name"])
+            if not self._missing:
+                raise _Stop
+
+
+@contextmanager
+def stop_after(names: Collection[str]) -> Iterator[None]:
+    """Ends a program inside the block once it has drawn all these sites, not at all if none.
+
+    A trace has to be opened outside the block, to see the last of them. Decoders behind latents
+    need not run where only the latents are wanted.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro import poutine
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0))
+        >>> with poutine.trace() as tracer, stop_after(["z"]):
+        ...     model()
+        >>> list(tracer.trace.nodes)
+        ['z']
+    """
+    try:
+        with StopAfterMessenger(names):
+            yield
+    except _Stop:
+        pass
 
 
 class ScaleKLMessenger(Messenger):

@@ -1,6 +1,5 @@
 """The ELBO site by site: expected log-likelihoods, and KLs in closed form where there is one."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -10,6 +9,7 @@ import torch
 from pyro_vae.densities import closed_form_kl, elementwise
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
+from pyro_vae.scales import Scale, Scales, same_scale
 from pyro_vae.traces import (
     Plate,
     Site,
@@ -22,88 +22,15 @@ from pyro_vae.traces import (
     plates_over_data,
     site_log_prob,
     sites_of,
-    subsampling,
 )
 
 __all__ = [
-    "Scale",
-    "Scales",
     "Term",
     "Terms",
     "kl_per_dimension",
     "require_terms",
     "terms_of",
 ]
-
-Scale = float | torch.Tensor
-
-
-class Scales:
-    """Divides the scales of a program into one weight for each datum and the rest.
-
-    The weight of a datum is that of its plates (subsampling) and of a ``poutine.scale`` around
-    all observed sites. What is left belongs to single sites: the beta of ``scale_kl``, weights
-    of single observations, and subsampled plates within a datum.
-
-    Args:
-        run: An execution of model and guide.
-        plates: The plates over the data.
-
-    Attributes:
-        dims: Dimensions of those plates.
-        of_data: Weight of each datum, a number or a tensor that broadcasts with the plates.
-    """
-
-    def __init__(self, run: Run, plates: frozenset[Plate]) -> None:
-        self._run = run
-        self.dims = frozenset(plate.dim for plate in plates)
-        self._shape = {(plate.dim, plate.size) for plate in plates}
-        kinds = (sites_of(run.model_trace, kind).values() for kind in (is_latent, is_observed))
-        of_latents, of_observed = ({p.name for s in k for p in run.plates(s)} for k in kinds)
-        self._elsewhere = of_latents - of_observed
-        self._common = self._common_scale()
-        self.of_data = self._common * subsampling(plates)
-
-    def of_site(self, site: Site) -> Scale:
-        """The rest of a site's scale: what it adds to the weight of its data."""
-        plates = self._run.plates(site)
-        around = frozenset(filter(self.is_data, plates))
-        scale = site["scale"] / subsampling(around)
-        # A site that all data share has no part in their weight.
-        return scale / self._common if around or not self.dims else scale
-
-    def is_data(self, plate: Plate) -> bool:
-        """Whether a plate is over the data; the guide may call its own by another name.
-
-        Plates that follow one another share a dimension, so that alone says nothing.
-        """
-        return (plate.dim, plate.size) in self._shape and plate.name not in self._elsewhere
-
-    def within(self, site: Site) -> float:
-        """The part of a site's scale that comes from subsampled plates within a datum."""
-        return subsampling(frozenset(p for p in self._run.plates(site) if not self.is_data(p)))
-
-    def total(self, per_datum: torch.Tensor) -> torch.Tensor:
-        """Sum over all data of a quantity ``(*plates)`` with a 1 for every other plate."""
-        return (per_datum * self.of_data).sum()
-
-    def _common_scale(self) -> Scale:
-        """The scale around all observed sites, that of their plates not counted."""
-        first, *others = (
-            site["scale"] / subsampling(self._run.plates(site))
-            for site in sites_of(self._run.model_trace, is_observed).values()
-        )
-        shape = tuple(first.shape) if isinstance(first, torch.Tensor) else ()
-        of_data = all(n == 1 or dim - len(shape) in self.dims for dim, n in enumerate(shape))
-        return first if of_data and all(_equal(first, other) for other in others) else 1.0
-
-
-def _equal(first: Scale, second: Scale) -> bool:
-    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
-        first, second = torch.as_tensor(first), torch.as_tensor(second)
-        # Not torch.equal: that refuses a number on the CPU beside one on a GPU.
-        return first.shape == second.shape and bool((first == second).all())
-    return math.isclose(first, second)
 
 
 @dataclass(frozen=True)
@@ -144,18 +71,25 @@ class Terms:
 
     def per_datum(self, term: Term) -> torch.Tensor:
         """A term with the scale of its site, ``(*plates)`` with a 1 for all but the data's."""
-        return self.sum_others(term.values * term.scale)
+        return self.sum_others(term.values * term.scale, term)
 
-    def sum_others(self, values: torch.Tensor, leading: int = 0) -> torch.Tensor:
-        """Sums every plate but the data's; those and ``leading`` first dimensions stay."""
-        plates = range(leading - values.dim(), 0)
-        others = [dim for dim in plates if dim not in self.scales.dims]
+    def sum_others(self, values: torch.Tensor, term: Term, leading: int = 0) -> torch.Tensor:
+        """Sums every plate of a term but the data's; those and ``leading`` dimensions stay."""
+        others = self._others(term, values.dim() - leading)
         return values.sum(others, keepdim=True) if others else values
+
+    def _others(self, term: Term, num_plates: int) -> list[int]:
+        """The plates that are not the data's; for a term that all data share, all of them.
+
+        Plates that follow one another share a dimension.
+        """
+        kept = self.scales.dims if term.local else frozenset[int]()
+        return [dim for dim in range(-num_plates, 0) if dim not in kept]
 
     def presence(self, term: Term) -> torch.Tensor:
         """1 for each datum of which the masks leave something, else 0: ``(*plates)``."""
         present = torch.ones_like(term.values) if term.present is None else term.present
-        return (self.sum_others(present.to(term.values)) > 0).to(term.values)
+        return (self.sum_others(present.to(term.values), term) > 0).to(term.values)
 
     def weights(self, term: Term) -> torch.Tensor:
         """The scale of a term's site for each datum, 0 where it is masked out: ``(*plates)``.
@@ -166,7 +100,7 @@ class Terms:
         """
         present = torch.ones_like(term.values) if term.present is None else term.present
         scale = present.to(term.values) * term.scale / term.within
-        others = [dim for dim in range(-scale.dim(), 0) if dim not in self.scales.dims]
+        others = self._others(term, scale.dim())
         return scale.amax(others, keepdim=True) if others else scale
 
     def sum_data(self, values: torch.Tensor, term: Term, leading: int = 0) -> torch.Tensor:
@@ -254,7 +188,7 @@ def require_terms(pair: Pair, where: str) -> Terms:
         )
     for name, site in sites_of(run.guide_trace, is_latent).items():
         of_model: Site = run.model_trace.nodes.get(name, site)
-        if not _equal(site["scale"], of_model["scale"]):
+        if not same_scale(site["scale"], of_model["scale"]):
             raise ValueError(
                 f"{where}: expected the same scale on latent site '{name}' in model and guide, "
                 "got different ones. Wrap both programs in scale_kl or poutine.scale, and give "

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 
 from pyro_vae.checks import check_at_least, support_of
-from pyro_vae.evaluation.codes import CodeSite
+from pyro_vae.evaluation.code_site import CodeSite
 from pyro_vae.isolation import without_side_effects
 
 __all__ = ["ActiveUnits", "active_units"]

@@ -10,7 +10,7 @@ from torch.distributions import Normal, constraints
 
 from pyro_vae.checks import check_at_least, support_of
 from pyro_vae.evaluation.aggregate_density import AggregateDensity, log_prob_of_rows
-from pyro_vae.evaluation.codes import CodeSite
+from pyro_vae.evaluation.code_site import CodeSite
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.traces import is_point_mass
 

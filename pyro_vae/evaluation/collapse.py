@@ -264,7 +264,9 @@ class _Latent:
                 f"{int(kl.isnan().sum())} of {kl.numel()}. Look at the parameters and data that "
                 "the site depends on."
             )
-        share_below = ((kl < epsilon) & self._seen).sum(0).double() / count
+        below = ((kl < epsilon) & self._seen).sum(0).double()
+        # What a mask hides for all data holds nothing.
+        share_below = torch.where(count > 0, below / count, 1.0)
         return LatentUse(
             kl=float(kl.sum() / self.num_data),  # It is 0 where a mask leaves nothing.
             kl_per_dimension=kl.sum(0) / count if self._factorises else None,

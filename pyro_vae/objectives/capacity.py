@@ -4,16 +4,16 @@ from functools import reduce
 
 import torch
 
-from pyro_vae.objectives.objective import Objective, check_weight, require_reparameterized
+from pyro_vae.objectives.objective import TermsObjective, check_weight
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
-from pyro_vae.terms import require_terms, terms_of
+from pyro_vae.terms import Terms
 
 __all__ = ["TraceCapacity_ELBO"]
 
 
-class TraceCapacity_ELBO(Objective):
+class TraceCapacity_ELBO(TermsObjective):
     r"""The ELBO with the KL held at a capacity.
 
     .. math:: E_q[\log p(x \mid z)] - \gamma \, |KL - C| \quad \text{per datum}
@@ -78,21 +78,15 @@ class TraceCapacity_ELBO(Objective):
         self.capacity = check_weight(where, "capacity", capacity)
         self.gamma = check_weight(where, "gamma", gamma)
 
-    def _check(self, pair: Pair) -> None:
-        where = type(self).__name__
-        require_reparameterized(pair, where, "Train with Trace_ELBO, or with TraceIWAE_ELBO(1).")
-        kl = require_terms(pair, where).kl
-        if not any(term.local for term in kl.values()):
+    def _check_terms(self, pair: Pair, terms: Terms) -> None:
+        if not any(term.local for term in terms.kl.values()):
             raise ValueError(
-                f"{where}: expected a latent inside the plate over the data, got none among "
-                f"{sorted(kl)}. The capacity is that of the code of a datum; train with Trace_ELBO."
+                f"{type(self).__name__}: expected a latent inside the plate over the data, got "
+                f"none among {sorted(terms.kl)}. The capacity is that of the code of a datum; "
+                "train with Trace_ELBO."
             )
 
-    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = terms_of(runs)
-        bound = terms.negative_elbo
-        if not training:
-            return bound, bound
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         local = [term for term in terms.kl.values() if term.local]
         kl = terms.sum_of(local)
         weights = reduce(torch.maximum, map(terms.weights, local))
@@ -102,4 +96,4 @@ class TraceCapacity_ELBO(Objective):
         below = (kl < target) & (capacity > 0)
         penalty = gamma * torch.where(below, target - kl, kl - target)
         others = terms.sum_of(term for term in terms.kl.values() if not term.local)
-        return bound, others + penalty - terms.sum_of(terms.log_likelihood.values())
+        return others + penalty - terms.sum_of(terms.log_likelihood.values())

@@ -8,7 +8,7 @@ from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 from torch.nn.functional import pad
 
 from pyro_vae.densities import unwrapped
-from pyro_vae.objectives.codes import (
+from pyro_vae.objectives.code_objective import (
     CodeObjective,
     Codes,
     require_fixed_by_data,
@@ -17,7 +17,7 @@ from pyro_vae.objectives.codes import (
 from pyro_vae.objectives.objective import check_weight
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
-from pyro_vae.terms import Terms, terms_of
+from pyro_vae.terms import Terms
 from pyro_vae.traces import Site
 
 __all__ = ["TraceDIP_ELBO"]
@@ -102,17 +102,14 @@ class TraceDIP_ELBO(CodeObjective):
         fix = "Draw its distribution from the data alone, or leave it out of sites."
         require_fixed_by_data(codes, "TraceDIP_ELBO", fix)
 
-    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = terms_of(runs)
-        bound = terms.negative_elbo
-        if not training:
-            return bound, bound
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         codes = self._codes(runs, terms.scales)
         covariance = self._covariance(codes)
         variance = covariance.diagonal(dim1=1, dim2=2)
         squares = covariance.square().sum((1, 2)) - variance.square().sum(1)
-        penalty = self.off_diagonal * squares + self.diagonal * (variance - 1).square().sum(1)
-        return bound, bound + codes.weights.sum() * penalty.mean(0)
+        off_diagonal, diagonal = self.off_diagonal.to(bound), self.diagonal.to(bound)
+        penalty = off_diagonal * squares + diagonal * (variance - 1).square().sum(1)
+        return bound + codes.weights.sum() * penalty.mean(0)
 
     def _covariance(self, codes: Codes) -> torch.Tensor:
         """C of every particle, ``(num, D, D)``."""

@@ -9,11 +9,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-from pyro_vae.objectives.codes import CodeObjective, Codes
+from pyro_vae.objectives.code_objective import CodeObjective, Codes, require_densities
 from pyro_vae.objectives.objective import check_weight
 from pyro_vae.runs import Run
+from pyro_vae.scales import Scales
 from pyro_vae.schedules import Weight
-from pyro_vae.terms import Scales, Terms, data_plates_of, terms_of
+from pyro_vae.terms import Terms, data_plates_of
 
 __all__ = ["TraceFactor_ELBO"]
 
@@ -127,6 +128,7 @@ class TraceFactor_ELBO(CodeObjective):
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _check_codes(self, codes: Codes, terms: Terms) -> None:
+        require_densities(codes, "TraceFactor_ELBO")
         values = codes.values
         for name, parameter in self.discriminator.named_parameters():
             if (parameter.device, parameter.dtype) != (values.device, values.dtype):
@@ -141,13 +143,9 @@ class TraceFactor_ELBO(CodeObjective):
             raise ValueError(_expected(values, f"{type(err).__name__}: {err}")) from err
         _checked(logits, values[0])
 
-    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = terms_of(runs)
-        bound = terms.negative_elbo
-        if not training:
-            return bound, bound
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         codes = self._codes(runs, terms.scales)
-        return bound, bound + self.gamma * codes.total(self._logits(codes.values))
+        return bound + self.gamma.to(bound) * codes.total(self._logits(codes.values))
 
     def _logits(self, codes: torch.Tensor) -> torch.Tensor:
         """The discriminator at codes ``(num, batch, D)``, not to be trained: ``(num, batch)``."""
@@ -165,8 +163,6 @@ class TraceFactor_ELBO(CodeObjective):
         return functional_call(module, copies, (codes,))
 
     def _update(self, runs: list[Run]) -> None:
-        if not torch.is_grad_enabled():
-            return
         codes = self._codes(runs, Scales(runs[0], data_plates_of(runs[0])))
         with torch.no_grad():
             values = codes.values

@@ -7,17 +7,17 @@ import torch
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.densities import elementwise
-from pyro_vae.objectives.objective import Objective, check_weight, require_reparameterized
+from pyro_vae.objectives.objective import TermsObjective, check_weight
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
-from pyro_vae.terms import Term, Terms, kl_per_dimension, require_terms, terms_of
+from pyro_vae.terms import Term, Terms, kl_per_dimension
 from pyro_vae.traces import is_latent, is_point_mass, sites_of
 
 __all__ = ["TraceFreeBits_ELBO"]
 
 
-class TraceFreeBits_ELBO(Objective):
+class TraceFreeBits_ELBO(TermsObjective):
     r"""The ELBO with a floor under the KL of every group of latents.
 
     .. math::
@@ -112,10 +112,8 @@ class TraceFreeBits_ELBO(Objective):
     def _floor_of(self, name: str) -> torch.Tensor | None:
         return self.free_bits.get(name) if isinstance(self.free_bits, dict) else self.free_bits
 
-    def _check(self, pair: Pair) -> None:
+    def _check_terms(self, pair: Pair, terms: Terms) -> None:
         where = type(self).__name__
-        require_reparameterized(pair, where, "Train with Trace_ELBO, or with TraceIWAE_ELBO(1).")
-        require_terms(pair, where)
         latents = sites_of(pair.model_trace, is_latent)
         named = self.free_bits if isinstance(self.free_bits, dict) else {}
         if unknown := set(named) - set(latents):
@@ -151,11 +149,7 @@ class TraceFreeBits_ELBO(Objective):
                 f"{num} elements. Choose a divisor, or name the sites: free_bits={{'z': 0.5}}."
             )
 
-    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = terms_of(runs)
-        bound = terms.negative_elbo
-        if not training:
-            return bound, bound
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         latents = sites_of(runs[0].model_trace, is_latent)
         loss = -terms.sum_of(terms.log_likelihood.values())
         for name, term in terms.kl.items():
@@ -164,7 +158,7 @@ class TraceFreeBits_ELBO(Objective):
                 loss = loss + terms.total(term)
             else:
                 loss = loss + self._floored(terms, term, self._groups(runs, name, term), floor)
-        return bound, loss
+        return loss
 
     def _groups(self, runs: list[Run], name: str, term: Term) -> torch.Tensor:
         """The KL of every group of a latent, ``(groups, *plates)``."""
@@ -184,7 +178,7 @@ class TraceFreeBits_ELBO(Objective):
         Both are multiplied by the same weights before they are compared: a weight may be 0.
         """
         free_bits = free_bits.to(groups)
-        kl = terms.sum_others(groups * term.scale, leading=1)
+        kl = terms.sum_others(groups * term.scale, term, leading=1)
         floor = (free_bits * terms.weights(term)).unsqueeze(0)
         if self.over == "batch":
             kl, floor = (terms.sum_data(values, term, leading=1) for values in (kl, floor))

@@ -6,11 +6,10 @@ from functools import reduce
 
 import torch
 
-from pyro_vae.objectives.objective import Objective, check_weight, require_reparameterized
-from pyro_vae.pairs import Pair
+from pyro_vae.objectives.objective import TermsObjective, check_weight
 from pyro_vae.runs import Run
 from pyro_vae.schedules import HasValue, Weight
-from pyro_vae.terms import Terms, require_terms, terms_of
+from pyro_vae.terms import Terms
 from pyro_vae.traces import Site, is_observed, sites_of
 
 __all__ = ["TraceGECO_ELBO"]
@@ -18,7 +17,7 @@ __all__ = ["TraceGECO_ELBO"]
 Constraint = Callable[[Mapping[str, Site]], torch.Tensor]
 
 
-class TraceGECO_ELBO(Objective):
+class TraceGECO_ELBO(TermsObjective):
     r"""The least KL at which the reconstruction error stays within a tolerance.
 
     .. math:: \min_{\theta, \phi} \; KL + m \, (\text{error} - \text{tolerance})
@@ -132,34 +131,26 @@ class TraceGECO_ELBO(Objective):
         for name, value in state.items():
             getattr(self, name).fill_(value)
 
-    def _check(self, pair: Pair) -> None:
-        where = type(self).__name__
-        require_reparameterized(pair, where, "Train with Trace_ELBO, or with TraceIWAE_ELBO(1).")
-        require_terms(pair, where)
-
-    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = terms_of(runs)
-        bound = terms.negative_elbo
-        if not training:
-            return bound, bound
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         excess, num_data = self._excess(runs, terms)
         self._excess_of_batch = excess.detach()
         average = self._next_average(self._excess_of_batch).to(excess)
         straight_through = excess + (average - self._excess_of_batch)
         shared = [term for term in terms.log_likelihood.values() if not term.local]
         loss = terms.sum_of(terms.kl.values()) - terms.sum_of(shared)
-        return bound, loss + self.multiplier.to(excess) * num_data * straight_through
+        return loss + self.multiplier.to(excess) * num_data * straight_through
 
     def _update(self, runs: list[Run]) -> None:
-        if not torch.is_grad_enabled():
-            return
         self.moving_average.copy_(self._next_average(self._excess_of_batch))
-        self.multiplier.mul_((self.rate * self.moving_average).exp()).clamp_(*self.limits)
+        # Still NaN if no batch so far had a finite error.
+        growth = (self.rate * self.moving_average).nan_to_num(nan=0.0).exp()
+        self.multiplier.mul_(growth).clamp_(*self.limits)
 
     def _next_average(self, excess: torch.Tensor) -> torch.Tensor:
         """The moving average with one more batch, float64; the first batch starts it."""
         excess, before = excess.double(), self.moving_average.to(excess.device)
-        return torch.where(before.isnan(), excess, torch.lerp(excess, before, self.decay))
+        after = torch.where(before.isnan(), excess, torch.lerp(excess, before, self.decay))
+        return torch.where(excess.isfinite(), after, before)
 
     def _excess(self, runs: list[Run], terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean of error - tolerance per datum, and how many data there are, both 0-d."""

@@ -1,7 +1,6 @@
 """Importance-weighted bounds, and gradient estimators that improve with the particles."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,11 +11,10 @@ from pyro_vae.objectives.objective import (
     check_weight,
     require_reparameterized,
 )
+from pyro_vae.objectives.weighted_draws import WeightedDraws
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
-from pyro_vae.terms import Scales
-from pyro_vae.traces import Plate, Site, is_latent, is_random, site_log_prob, sites_of
 
 __all__ = ["TraceIWAE_ELBO"]
 
@@ -30,8 +28,9 @@ class TraceIWAE_ELBO(Objective):
         \sum_n s_n \, \log \frac{1}{K} \sum_{k=1}^K \frac{p(x_n, z_k)}{q(z_k \mid x_n)},
         \qquad z_k \sim q(z \mid x_n)
 
-    The weights s_n of the data (subsampled plates, ``poutine.scale``) stand outside the
-    logarithm; ``scale_kl`` acts on the latents inside. K = 1 is the ELBO.
+    The weights s_n of the data (subsampled plates, ``poutine.scale`` around a whole program) stand
+    outside the logarithm; ``scale_kl`` acts on the latents inside. Where observed sites have
+    different scales, ``poutine.scale`` stays inside with all of them. K = 1 is the ELBO.
 
     The estimators differ in the gradient, not in the bound:
 
@@ -106,8 +105,6 @@ class TraceIWAE_ELBO(Objective):
             )
         self.estimator, self.num_groups, self.partial = estimator, num_groups, partial
         self.elbo_weight = check_weight("TraceIWAE_ELBO", "elbo_weight", elbo_weight)
-        # A number 0 leaves the ELBO out; a tensor may become another.
-        self._has_elbo = not isinstance(elbo_weight, int | float) or elbo_weight > 0
         if self.elbo_weight > 1:
             raise ValueError(
                 f"TraceIWAE_ELBO: expected elbo_weight <= 1, got {float(self.elbo_weight)}. "
@@ -128,7 +125,7 @@ class TraceIWAE_ELBO(Objective):
             require_reparameterized(pair, f"TraceIWAE_ELBO(estimator='{self.estimator}')", fix)
 
     def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        draws = _Draws.of(runs)
+        draws = WeightedDraws.of(runs)
         shape = self.num_groups, self.num_particles, *draws.log_p.shape[1:]
         log_w = (draws.log_p - draws.log_q).detach().reshape(shape)
         bounds = log_w.logsumexp(1) - math.log(self.num_particles)
@@ -144,12 +141,12 @@ class TraceIWAE_ELBO(Objective):
 
     def _combine(self, of_bound: torch.Tensor, of_elbo: torch.Tensor | float) -> torch.Tensor:
         """Convex combination of what belongs to the importance-weighted bound and to the ELBO."""
-        if not self._has_elbo:  # The ELBO may be -inf where the bound is not.
-            return of_bound
         weight = self.elbo_weight.to(of_bound)
-        return (1 - weight) * of_bound + weight * of_elbo
+        # Either may be infinite where it has no weight.
+        first = torch.where(weight < 1, (1 - weight) * of_bound, 0.0)
+        return first + torch.where(weight > 0, weight * of_elbo, 0.0)
 
-    def _surrogate(self, draws: "_Draws", log_w: torch.Tensor) -> torch.Tensor:
+    def _surrogate(self, draws: WeightedDraws, log_w: torch.Tensor) -> torch.Tensor:
         """What has the gradient of the estimator; its value means nothing.
 
         It is a sum over particles, with coefficients for the model's parameters (``of_model``)
@@ -219,143 +216,3 @@ def _leave_one_out(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before(back.logcumsumexp(1), -math.inf).flip(1),
     )
     return torch.logaddexp(rest, means) - math.log(num), means
-
-
-def _refuse_shared(
-    of_model: dict[str, Site], of_guide: dict[str, Site], of_data: frozenset[Plate]
-) -> None:
-    """Raises if a site lies outside a subsampled plate, or a subsampled plate within a datum."""
-    dims = {plate.dim for plate in of_data}
-    # Loops over a plate count as well; the guide may call its plates by other names.
-    inside = [(name, {f.name for f in site["cond_indep_stack"]}) for name, site in of_model.items()]
-    for name, site in of_guide.items():
-        stack = site["cond_indep_stack"]
-        inside.append((name, {key for f in stack for key in (f.name, (f.dim, f.size))}))
-    for plate in {f for site in of_model.values() for f in site["cond_indep_stack"]}:
-        if plate.full_size in (None, plate.size) or plate.dim in dims:
-            continue
-        outside = [
-            name for name, keys in inside if not keys & {plate.name, (plate.dim, plate.size)}
-        ]
-        if outside:
-            raise ValueError(
-                f"TraceIWAE_ELBO: expected every random site inside the subsampled plate "
-                f"'{plate.name}', got site '{outside[0]}' outside it: a weight that its rows share "
-                "cannot be estimated from a subsample. Give all rows at once, or train with "
-                "Trace_ELBO."
-            )
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """All particles' log-densities, ``(num, *plates)`` with a 1 for all plates but the data's.
-
-    Attributes:
-        runs: Where they come from.
-        scales: Weights of data and sites.
-        log_p: Of the model.
-        log_q: Of the guide.
-        score: Of the guide's sites without reparameterised samples, if there are any.
-    """
-
-    runs: list[Run]
-    scales: Scales
-    log_p: torch.Tensor
-    log_q: torch.Tensor
-    score: torch.Tensor | None
-
-    @staticmethod
-    def of(runs: list[Run]) -> "_Draws":
-        first = runs[0]
-        of_model = sites_of(first.model_trace, is_random)
-        of_guide = sites_of(first.guide_trace, is_random)
-        # The guide may call the plates of the model by other names.
-        in_guide = [{(p.dim, p.size) for p in first.plates(s)} for s in of_guide.values()]
-        of_data = frozenset(
-            plate
-            for plate in frozenset.intersection(*map(first.plates, of_model.values()))
-            if all((plate.dim, plate.size) in plates for plates in in_guide)
-        )
-        _refuse_shared(of_model, of_guide, of_data)
-        scales = Scales(first, of_data)
-        scored = [n for n, s in sites_of(first.guide_trace, is_latent).items() if not _has_path(s)]
-        return _Draws(
-            runs,
-            scales,
-            torch.cat([_log_density(run, "model", scales, list(of_model)) for run in runs]),
-            torch.cat([_log_density(run, "guide", scales, list(of_guide)) for run in runs]),
-            torch.cat([_log_density(run, "guide", scales, scored, weighted=False) for run in runs])
-            if scored
-            else None,
-        )
-
-    def sum(self, coefficient: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Weighted sum over particles and data, each datum with its own weight besides."""
-        # A particle without weight has a density of 0, whose logarithm is infinite.
-        weighted = torch.where(coefficient == 0, coefficient, coefficient * values)
-        return self.scales.total(weighted.sum(0))
-
-    def weigh(self, weight: torch.Tensor) -> None:
-        """Multiplies the gradients that come back from the model into the samples."""
-        start = 0
-        for run in self.runs:
-            if run.links is not None:
-                run.links.valve.weight = weight[start : start + run.num_particles]
-            start += run.num_particles
-
-    def along_samples(
-        self, coefficient: torch.Tensor, values: torch.Tensor, *, to_model: bool = False
-    ) -> torch.Tensor:
-        """A number with that gradient of ``sum`` which flows through the samples.
-
-        Args:
-            coefficient: Weights of the particles, ``(num, *plates)``.
-            values: Log-densities, ``(num, *plates)``.
-            to_model: Whether they are the model's, which sees the samples behind the joints.
-        """
-        links = [run.links for run in self.runs if run.links is not None]
-        pairs = [
-            (joint, link.upstream[name])
-            for link in links
-            for name, joint in (link.downstream if to_model else link.upstream).items()
-        ]
-        total = values.new_zeros(())
-        if not pairs or not values.requires_grad:  # A point mass has no density to follow.
-            return total
-        for link in links:
-            link.valve.closed = True
-        grads = torch.autograd.grad(
-            self.sum(coefficient, values),
-            [joint for joint, _ in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for link in links:
-            link.valve.closed = False
-        for grad, (_, sample) in zip(grads, pairs, strict=True):
-            if grad is not None:
-                total = total + (grad.detach() * sample).sum()
-        return total
-
-
-def _has_path(site: object) -> bool:
-    return bool(site["fn"].has_rsample)  # type: ignore[index]
-
-
-def _log_density(
-    run: Run, role: str, scales: Scales, names: list[str], *, weighted: bool = True
-) -> torch.Tensor:
-    """Log-density of some sites, ``(num, *plates)`` with a 1 for all plates but the data's."""
-    trace = run.model_trace if role == "model" else run.guide_trace
-    total = None
-    for name in names:
-        site = trace.nodes[name]
-        values = run.spread(site_log_prob(site), site)
-        if weighted:
-            values = values * scales.of_site(site)
-        others = [d for d in range(-run.nesting, 0) if d not in scales.dims]
-        values = values.sum(others, keepdim=True) if others else values
-        total = values if total is None else total + values
-    if total is None:  # A guide without latents.
-        total = torch.zeros(run.num_particles, *(1,) * run.nesting)
-    return total

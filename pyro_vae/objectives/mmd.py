@@ -1,20 +1,20 @@
 """InfoVAE: the distribution of the codes brought to the prior by maximum mean discrepancy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 
 from pyro_vae.dependence import dependent_latents
-from pyro_vae.objectives.codes import CodeObjective, Codes
+from pyro_vae.handlers import stop_after
+from pyro_vae.isolation import evaluation_mode
+from pyro_vae.objectives.code_objective import CodeObjective, Codes, require_densities
 from pyro_vae.objectives.objective import check_weight
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
-from pyro_vae.terms import Terms, terms_of
-from pyro_vae.traces import is_latent
+from pyro_vae.terms import Terms
 
 __all__ = ["TraceMMD_ELBO"]
 
@@ -128,22 +128,19 @@ class TraceMMD_ELBO(CodeObjective):
 
     def _check_codes(self, codes: Codes, terms: Terms) -> None:
         _require_pairs(codes)
+        require_densities(codes, "TraceMMD_ELBO")
         (run,) = codes.runs
         dependent = dependent_latents(run.model, run.model_trace)
         self._is_ancestral = not dependent.isdisjoint(codes.names)
 
-    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        terms = terms_of(runs)
-        bound = terms.negative_elbo
-        if not training:
-            return bound, bound
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         codes = self._codes(runs, terms.scales)
         _require_pairs(codes)
-        kl = sum((terms.total(terms.kl[n]) for n in codes.names), start=torch.zeros_like(bound))
+        kl = terms.sum_of(terms.kl[name] for name in codes.names)
         discrepancy = self._squared_discrepancy(codes.values, self._prior(codes), codes.weights)
         penalty = codes.weights.sum() * discrepancy.mean(0)
-        alpha = self.mutual_information
-        return bound, bound - alpha * kl + (alpha + self.divergence - 1) * penalty
+        alpha, divergence = self.mutual_information.to(bound), self.divergence.to(bound)
+        return bound - alpha * kl + (alpha + divergence - 1) * penalty
 
     def _prior(self, codes: Codes) -> torch.Tensor:
         """Codes of the prior for the rows of the batch, ``(num_particles or 1, batch, D)``."""
@@ -151,7 +148,11 @@ class TraceMMD_ELBO(CodeObjective):
             if not self._is_ancestral:
                 return codes.collect(lambda site: site["fn"].sample(), "model")
             first = codes.runs[0]
-            trace = _sample_latents(first.model, codes.names)
+            # In eval mode: codes of the prior are no training data for a batch norm.
+            with evaluation_mode(first.model), poutine.block(), poutine.trace() as tracer:
+                with stop_after(codes.names):
+                    first.model()
+            trace = tracer.trace
             drawn = replace(first, guide_trace=trace, model_trace=trace, num_particles=1)
             return replace(codes, runs=[drawn]).values
 
@@ -166,8 +167,8 @@ class TraceMMD_ELBO(CodeObjective):
             pairs / pairs.sum().clamp(min=smallest),
             others / others.sum().clamp(min=smallest),
         )
-        within = (others * (self._kernel(codes, codes) + self._kernel(prior, prior))).sum((1, 2))
-        return within - 2 * (pairs * self._kernel(codes, prior)).sum((1, 2))
+        alike = (others * (self._kernel(codes, codes) + self._kernel(prior, prior))).sum((1, 2))
+        return alike - 2 * (pairs * self._kernel(codes, prior)).sum((1, 2))
 
     def _kernel(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """k of all pairs, ``(num, batch, batch)``."""
@@ -177,42 +178,9 @@ class TraceMMD_ELBO(CodeObjective):
         return (-scaled).exp() if self.kernel == "rbf" else 1 / (1 + scaled)
 
 
-def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over pairs ``(num, batch, batch)``; 0 where masks leave no pair."""
-    total = weights.sum()
-    return (values * weights).sum((1, 2)) / total.clamp(min=torch.finfo(total.dtype).tiny)
-
-
 def _require_pairs(codes: Codes) -> None:
     if codes.plate.size < 2:
         raise ValueError(
             "TraceMMD_ELBO: expected a batch of at least 2 rows, got 1: a discrepancy compares "
             "pairs of codes. Leave out a last batch of 1 (drop_last=True)."
         )
-
-
-class _Stop(Exception):
-    """All latents asked for have been drawn."""
-
-
-class _StopAfter(Messenger):
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
-        self._missing = set(names)
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if is_latent(msg):
-            self._missing.discard(msg["name"])
-        if not self._missing:
-            raise _Stop
-
-
-def _sample_latents(model: Callable[[], Any], names: Sequence[str]) -> poutine.Trace:
-    """A trace of the model that ends where its latents are drawn: decoders are of no use."""
-    with poutine.block(), poutine.trace() as tracer:
-        try:
-            with _StopAfter(names):
-                model()
-        except _Stop:
-            pass
-    return tracer.trace

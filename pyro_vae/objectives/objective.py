@@ -12,9 +12,10 @@ from pyro_vae.checks import check_at_least
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run, Runner
 from pyro_vae.schedules import Weight, weight_of
+from pyro_vae.terms import Terms, require_terms, terms_of
 from pyro_vae.traces import is_random, sites_of
 
-__all__ = ["Objective", "check_weight", "require_reparameterized"]
+__all__ = ["Objective", "TermsObjective", "check_weight", "require_reparameterized"]
 
 Program = Callable[..., Any]
 
@@ -67,8 +68,7 @@ class Objective(ELBO):
         return self.num_particles
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        (run,) = self._runs(model, guide, args, kwargs, training=False)
-        return run.model_trace, run.guide_trace
+        raise NotImplementedError("Objectives look at runs; see pyro_vae.runs.")
 
     def _runs(
         self, model: Program, guide: Program, args: Any, kwargs: Any, *, training: bool
@@ -121,8 +121,34 @@ class Objective(ELBO):
         bound, training_loss = self._losses(runs, training=True)
         if training_loss.requires_grad:
             training_loss.backward(retain_graph=self.retain_graph)
-        self._update(runs)
+        if torch.is_grad_enabled():
+            self._update(runs)
         return _item(bound)
+
+
+class TermsObjective(Objective):
+    """Abstract: trains by a loss made of the terms of the ELBO, which is the bound it reports."""
+
+    @abstractmethod
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
+        """The training loss, 0-d, nats; ``bound`` is the negative ELBO of ``terms``."""
+
+    def _terms(self, runs: list[Run]) -> Terms:
+        return terms_of(runs)
+
+    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        terms = self._terms(runs)
+        bound = terms.negative_elbo
+        return bound, self._training_loss(runs, terms, bound) if training else bound
+
+    def _check(self, pair: Pair) -> None:
+        where = type(self).__name__
+        fix = "Use a distribution with rsample, or train with Trace_ELBO or TraceIWAE_ELBO(1)."
+        require_reparameterized(pair, where, fix)
+        self._check_terms(pair, require_terms(pair, where))
+
+    def _check_terms(self, pair: Pair, terms: Terms) -> None:
+        """Raises where the objective cannot take the terms of a first execution."""
 
 
 def _item(bound: torch.Tensor) -> float:

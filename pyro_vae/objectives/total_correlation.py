@@ -8,7 +8,7 @@ import torch
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.densities import log_prob_anywhere, unwrapped
-from pyro_vae.objectives.codes import (
+from pyro_vae.objectives.code_objective import (
     CodeObjective,
     Codes,
     require_fixed_by_data,
@@ -149,20 +149,21 @@ class TraceTotalCorrelation_ELBO(CodeObjective):
                     "divided between them. Scale them alike, or name some in sites."
                 )
 
-    def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _terms(self, runs: list[Run]) -> Terms:
         terms = terms_of(runs)
+        return _with_sampled_kl(terms, self._codes(runs, terms.scales))
+
+    def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         codes = self._codes(runs, terms.scales)
-        bound = _with_sampled_kl(terms, codes).negative_elbo
-        if not training:
-            return bound, bound
         self._check_num_data(codes.plate)
         log_q_given_x, log_q, log_product = self._log_densities(codes)
         log_p = codes.collect(site_log_prob, "model", event=False).sum(2)
         # The bound has each of the three once.
-        more = (self.alpha - 1) * (log_q_given_x - log_q)
-        more = more + (self.beta - 1) * (log_q - log_product)
-        more = more + (self.gamma - 1) * (log_product - log_p)
-        return bound, bound + codes.total(more * _scale_rows(terms, codes, codes.names[0]))
+        alpha, beta, gamma = (w.to(bound) for w in (self.alpha, self.beta, self.gamma))
+        more = (alpha - 1) * (log_q_given_x - log_q)
+        more = more + (beta - 1) * (log_q - log_product)
+        more = more + (gamma - 1) * (log_product - log_p)
+        return bound + codes.total(more * _scale_rows(terms, codes, codes.names[0]))
 
     def _check_num_data(self, plate: Plate) -> None:
         where, given = type(self).__name__, self.num_data

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution, TorchDistribution
-from pyro.poutine.messenger import Messenger
 
 from pyro_vae.checks import check_arguments, explained, refuse_subsampling
 from pyro_vae.dependence import dependent_latents
+from pyro_vae.handlers import stop_after
 from pyro_vae.traces import Site, frames, is_latent, layers, sites_of
 
 __all__ = ["CodeSite"]
@@ -71,12 +71,9 @@ class CodeSite:
             explained(self._where, (self._args, self._kwargs)),
             refuse_subsampling(self._where),
             poutine.trace() as tracer,
+            stop_after([until] if until else []),
         ):
-            try:
-                with _StopAfter(until):
-                    self._program(*self._args, **self._kwargs)
-            except _Stop:
-                pass
+            self._program(*self._args, **self._kwargs)
         return tracer.trace
 
     def _choose(self, trace: poutine.Trace, name: str | None) -> str:
@@ -123,17 +120,3 @@ class CodeSite:
                 f"{self._role}, got a mask that leaves out all {kept.numel()}. Look at the mask."
             )
         return kept.reshape(-1)
-
-
-class _Stop(Exception):
-    """The site asked for has been drawn."""
-
-
-class _StopAfter(Messenger):
-    def __init__(self, name: str | None) -> None:
-        super().__init__()
-        self._name = name
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == self._name:
-            raise _Stop

@@ -8,16 +8,17 @@ import torch
 from pyro.distributions import MaskedDistribution
 
 from pyro_vae.dependence import dependent_latents
-from pyro_vae.objectives.objective import Objective, require_reparameterized
+from pyro_vae.objectives.objective import TermsObjective
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
-from pyro_vae.terms import Scales, Terms, data_plates_of, require_terms
-from pyro_vae.traces import Plate, Site, is_latent, layers, sites_of
+from pyro_vae.scales import Scales
+from pyro_vae.terms import Terms, data_plates_of
+from pyro_vae.traces import Plate, Site, is_latent, is_point_mass, layers, sites_of
 
-__all__ = ["CodeObjective", "Codes", "require_fixed_by_data", "rows"]
+__all__ = ["CodeObjective", "Codes", "require_densities", "require_fixed_by_data", "rows"]
 
 
-class CodeObjective(Objective):
+class CodeObjective(TermsObjective):
     """Abstract: an objective about the distribution q(z) of the codes of a batch.
 
     The code of a datum is all latents of the guide in the one plate over the data, flattened
@@ -50,12 +51,8 @@ class CodeObjective(Objective):
         self.sites = None if sites is None else tuple(sites)
         self._names = self.sites or ()
 
-    def _check(self, pair: Pair) -> None:
-        where = type(self).__name__
-        fix = "Use a distribution with rsample, or train with Trace_ELBO."
-        require_reparameterized(pair, where, fix)
-        terms = require_terms(pair, where)
-        run = Run.of(pair)
+    def _check_terms(self, pair: Pair, terms: Terms) -> None:
+        where, run = type(self).__name__, Run.of(pair)
         plates = data_plates_of(run)
         if len(plates) != 1:
             raise ValueError(
@@ -194,6 +191,19 @@ def _masks(run: Run, name: str) -> list[tuple[Site, Any]]:
         if isinstance(layer, MaskedDistribution)
     ]
     return around + inside
+
+
+def require_densities(codes: Codes, where: str) -> None:
+    """Raises if a latent of the code is a point mass in the guide, whose KL is not its own."""
+    (run,) = codes.runs
+    for name in codes.names:
+        of_guide: Site = run.guide_trace.nodes[name]
+        of_model: Site = run.model_trace.nodes[name]
+        if is_point_mass(of_guide["fn"]) and not is_point_mass(of_model["fn"]):
+            raise ValueError(
+                f"{where}: expected a density for site '{name}' in the guide, got a point mass "
+                "(Delta). Sample it from a distribution of its own, or leave it out of sites."
+            )
 
 
 def _check_sites(sites: tuple[str, ...] | None, known: list[str], plate: Plate, where: str) -> None:
