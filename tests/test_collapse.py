@@ -303,3 +303,26 @@ def test_kls_that_are_not_numbers() -> None:
     message = f"{WHERE}expected KLs at site 'z', got NaN for 2 of 2"
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=message):
         posterior_collapse(shifted(math.inf)[0], guide, torch.tensor([1.0, 2.0]))
+
+
+def test_an_element_that_a_mask_hides_everywhere() -> None:
+    """It holds nothing, and so leaves the verdict of what can be seen."""
+    seen = torch.tensor([[True], [True], [False]])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("part", 3, dim=-2), poutine.mask(mask=seen):
+                pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with (
+            pyro.plate("data", len(x), dim=-1),
+            pyro.plate("part", 3, dim=-2),
+            poutine.mask(mask=seen),
+        ):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    use = posterior_collapse(model, guide, torch.randn(6), num_particles=2).sites["z"]
+    assert use.share_below.tolist() == [1.0, 1.0, 1.0]
+    assert use.verdict == "collapsed"

@@ -285,3 +285,18 @@ def test_a_discriminator_elsewhere() -> None:
     ):
         with pytest.raises(ValueError, match=match):
             TraceFactor_ELBO(1.0, network).loss(p.model, p.guide, p.x)
+
+
+def test_a_code_without_a_density() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x))
+
+    match = "TraceFactor_ELBO: expected a density for site 'z' in the guide, got a point mass"
+    with pytest.raises(ValueError, match=match):
+        TraceFactor_ELBO(1.0, MLP(1, [4], 1)).loss(model, guide, torch.randn(4))

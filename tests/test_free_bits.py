@@ -441,3 +441,31 @@ def test_no_plate_over_the_data() -> None:
 
     with pytest.raises(ValueError, match="expected one vectorised plate over the data"):
         TraceFreeBits_ELBO(1.0).loss(model, guide)
+
+
+def test_components_beside_the_data() -> None:
+    """Their plate has the dimension of the data's, but holds no data."""
+
+    def components() -> torch.Tensor:
+        with pyro.plate("components", 3):
+            return pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+    def model(x: torch.Tensor) -> None:
+        loc = components()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + loc.sum(), 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        components()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.randn(5)
+    for over in ("batch", "datum"):
+        objective = TraceFreeBits_ELBO({"loc": 10.0}, over=over)
+        pyro.set_rng_seed(0)
+        training_loss = objective.training_loss(model, guide, x)
+        pyro.set_rng_seed(0)
+        penalty = float(training_loss) - objective.loss(model, guide, x)
+        assert penalty == pytest.approx(10.0)  # The KL of all three is 0.

@@ -445,3 +445,27 @@ def test_no_plate_over_the_data() -> None:
 
     with pytest.raises(ValueError, match="expected one vectorised plate over the data"):
         TraceGECO_ELBO(1.0, rate=0.1).loss(model, guide)
+
+
+def test_a_batch_of_infinite_error_changes_nothing() -> None:
+    def model(x: torch.Tensor, log_factor: float) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.factor("f", torch.full((len(x),), log_factor))
+
+    def guide(x: torch.Tensor, log_factor: float) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    objective = TraceGECO_ELBO(0.0, rate=0.1)
+    x = torch.randn(4)
+    objective.loss_and_grads(model, guide, x, -math.inf)
+    assert objective.multiplier == 1
+    assert objective.moving_average.isnan()
+    objective.loss_and_grads(model, guide, x, 0.0)
+    state = objective.state_dict()
+    assert state["multiplier"] > 1
+    objective.loss_and_grads(model, guide, x, -math.inf)
+    assert objective.state_dict()["moving_average"] == state["moving_average"]
+    assert math.isfinite(float(objective.multiplier))

@@ -1353,3 +1353,50 @@ def test_the_weight_of_the_elbo_may_change(estimator: Any) -> None:
         for name, grad in grads.items():
             torch.testing.assert_close(grad, others[name])
         schedule.step()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_schedule_at_its_end_is_the_number(weight: float) -> None:
+    """Also where a particle has a density of 0, so that the ELBO is -inf."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            if weight == 0:
+                pyro.factor("f", torch.where(z > 0, 0.0, -math.inf))
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    losses = []
+    for given in (weight, torch.tensor(weight)):
+        pyro.set_rng_seed(0)
+        objective = TraceIWAE_ELBO(20, elbo_weight=given)
+        losses.append(objective.loss(model, guide, torch.tensor([0.2, -0.1])))
+    assert math.isfinite(losses[0])
+    assert losses[0] == losses[1]
+
+
+def test_a_factor_of_the_guide_without_gradient_has_a_score() -> None:
+    """It is the density of something drawn without a gradient; here of either outcome."""
+    logits = torch.tensor(0.4, requires_grad=True)
+    log_p = torch.tensor([-0.3, -1.7])
+
+    def model(drawn: torch.Tensor) -> None:
+        with pyro.plate("data", 1):
+            pyro.factor("x", log_p[drawn])
+
+    def guide(drawn: torch.Tensor) -> None:
+        with pyro.plate("data", 1):
+            log_q = dist.Bernoulli(logits=logits).log_prob(drawn.double())
+            pyro.factor("f", log_q, has_rsample=False)
+
+    estimates = []
+    for outcome in (0, 1):
+        loss = TraceIWAE_ELBO(1).differentiable_loss(model, guide, torch.tensor([outcome]))
+        estimates += torch.autograd.grad(loss, logits)
+    q = dist.Bernoulli(logits=logits).log_prob(torch.tensor([0.0, 1.0]))
+    expected = torch.autograd.grad((q.exp() * (q - log_p)).sum(), logits)[0]
+    torch.testing.assert_close((q.exp().detach() * torch.stack(estimates)).sum(), expected)

@@ -168,3 +168,47 @@ def test_arguments_that_are_none_of_ours() -> None:
         TraceMMD_ELBO(-0.5, 2.0)
     with pytest.raises(ValueError, match="expected a finite divergence >= 0"):
         TraceMMD_ELBO(0.5, -2.0)
+
+
+def transformed_pair() -> tuple[Any, Any]:
+    """A guide that makes the latent of an auxiliary one, as Pyro's autoguides do."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            e = pyro.sample("e", dist.Normal(x / 2, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(e))
+
+    return model, guide
+
+
+def test_a_code_without_a_density() -> None:
+    """Its KL would leave the auxiliary latent's entropy out."""
+    match = "TraceMMD_ELBO: expected a density for site 'z' in the guide, got a point mass"
+    with pytest.raises(ValueError, match=match):
+        TraceMMD_ELBO(0.0, 1.0).loss(*transformed_pair(), torch.randn(4))
+
+
+def test_codes_of_a_hierarchical_prior_are_no_training_data() -> None:
+    norm = torch.nn.BatchNorm1d(2)
+    zero = torch.zeros(2)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(zero, 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(norm(z2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z1, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z2", dist.Normal(x, 1.0).to_event(1))
+            pyro.sample("z1", dist.Normal(x, 1.0).to_event(1))
+
+    objective = TraceMMD_ELBO(0.0, 5.0)
+    objective.training_loss(model, guide, torch.randn(6, 2))
+    assert norm.num_batches_tracked == 1
+    assert norm.training

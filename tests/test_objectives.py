@@ -472,3 +472,17 @@ def test_latents_that_only_the_model_has(make: Make) -> None:
 
     with pytest.raises(ValueError, match="expected the guide to sample every latent.*'label'"):
         make().loss(model, p.guide, p.x)
+
+
+def test_the_training_loss_has_the_dtype_of_the_programs(make: Make) -> None:
+    """Weights are float64 tensors of their own, which a device may not know."""
+    torch.set_default_dtype(torch.float32)
+    try:
+        p, objective = LinearCodes(), make()
+        x = p.x.float()
+        p.params = {k: v.detach().float().requires_grad_() for k, v in p.params.items()}
+        if isinstance(objective, TraceFactor_ELBO):
+            objective.discriminator.float()
+        assert objective.training_loss(p.model, p.guide, x).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float64)
