@@ -19,7 +19,16 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.isolation import same_random_numbers_again, without_side_effects
 from pyro_vae.pairs import Pair, common_plates, trace_pair
-from pyro_vae.traces import Plate, Site, frames, is_latent, is_random, sites_of, subsampling
+from pyro_vae.traces import (
+    Plate,
+    Site,
+    frames,
+    is_latent,
+    is_random,
+    mask_of,
+    sites_of,
+    subsampling,
+)
 from pyro_vae.vectorised import VectorisedProgram
 
 __all__ = ["Links", "Run", "Runner"]
@@ -137,6 +146,13 @@ class Run:
                 f"got {tuple(batch_shape)}. Was `.to_event(1)` forgotten?"
             ) from err
 
+    def present(self, site: Site) -> torch.Tensor:
+        """Where the masks of a site let values through: bool, ``(*plates)``."""
+        mask = mask_of(site)
+        if mask is None:
+            mask = torch.ones((), dtype=torch.bool, device=site["value"].device)
+        return self.spread(mask, site).any(0)
+
 
 class Runner:
     """Runs a pair of programs on particles, and knows what it learnt of them the first time.
@@ -182,11 +198,14 @@ class Runner:
                 vectorize = num_particles > 1 and self._broadcast(pair, args, kwargs)
         self._vectorize = vectorize and num_particles > 1
 
-    def runs(self, args: Any, kwargs: Any, *, linked: bool = False) -> Iterator[Run]:
-        """Runs both programs on all particles, in one go or one at a time."""
-        at_once = self._num_particles if self._vectorize else 1
+    def runs(
+        self, args: Any, kwargs: Any, *, num_particles: int | None = None, linked: bool = False
+    ) -> Iterator[Run]:
+        """Runs both programs on all particles, or on so many, in one go or one at a time."""
+        num_particles = num_particles or self._num_particles
+        at_once = num_particles if self._vectorize else 1
         rows = poutine.Trace()  # Of subsampled plates: all particles see the same.
-        for _ in range(self._num_particles // at_once):
+        for _ in range(num_particles // at_once):
             yield self._run(args, kwargs, at_once, linked, rows)
 
     def _run(
@@ -295,6 +314,6 @@ def _require_all_in_guide(pair: Pair, where: str) -> None:
     for name in pair.enumerated:
         raise ValueError(
             f"{where}: expected the guide to sample every latent, got no site '{name}' in the "
-            "guide; this objective sums no latents out. Sample it in the guide, or train with "
+            f"guide, and none is summed out here. Sample '{name}' in the guide, or train with "
             "TraceEnum_ELBO."
         )

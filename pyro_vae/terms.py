@@ -211,9 +211,8 @@ def _term(
     *,
     closed_form: bool = False,
 ) -> Term:
-    values, mask = torch.cat(values_of_runs), mask_of(site)
-    if mask is not None:
-        mask = first.spread(mask, site).any(0)
+    values = torch.cat(values_of_runs)
+    mask = None if mask_of(site) is None else first.present(site)
     local = any(map(scales.is_data, first.plates(site))) or not scales.dims
     return Term(values.mean(0), scales.of_site(site), local, mask, scales.within(site), closed_form)
 

@@ -8,7 +8,7 @@ import torch
 
 from pyro_vae.checks import support_of
 from pyro_vae.evaluation.active_units import ActiveUnits, active_units
-from pyro_vae.evaluation.elbo_terms import EvaluationRuns, present
+from pyro_vae.evaluation.chunked_runs import ChunkedRuns
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.runs import Run
 from pyro_vae.terms import kl_per_dimension, terms_of
@@ -172,7 +172,7 @@ def posterior_collapse(
     _check_settings(epsilon, delta, where)
     latents: list[_Latent] = []
     with without_side_effects(model, guide):
-        runs = EvaluationRuns(model, guide, args, kwargs, num_particles, chunk_size, where)
+        runs = ChunkedRuns(model, guide, args, kwargs, num_particles, chunk_size, where)
         for run in runs:
             latents = latents or [_Latent(run, n, runs, where) for n in _names(run, where)]
             for latent in latents:
@@ -225,12 +225,12 @@ def _names(run: Run, where: str) -> list[str]:
 class _Latent:
     """The KLs of one latent: a row for each datum, behind it the dimensions if they factorise."""
 
-    def __init__(self, run: Run, name: str, runs: EvaluationRuns, where: str) -> None:
+    def __init__(self, run: Run, name: str, runs: ChunkedRuns, where: str) -> None:
         site: Site = run.guide_trace.nodes[name]
         self.name, self._plates, self._where = name, runs.plates, where
         self._event_shape = site["fn"].event_shape
         self._factorises = kl_per_dimension([run], name) is not None
-        mask = present(run, site)
+        mask = run.present(site)
         is_data = self._plates.sum_others(mask).reshape(-1) > 0
         each = mask.reshape(mask.shape + (1,) * len(self._event_shape))
         each = self._rows(each.expand(mask.shape + self._event_shape))

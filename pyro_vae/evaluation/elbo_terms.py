@@ -1,19 +1,18 @@
 """The ELBO of every datum, site by site: expected log-likelihoods and KLs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pyro_vae.checks import check_at_least, refuse_subsampling, support_of
+from pyro_vae.evaluation.chunked_runs import ChunkedRuns
 from pyro_vae.isolation import without_side_effects
-from pyro_vae.pairs import Pair, data_plates, refuse_point_mass
-from pyro_vae.runs import Run, Runner
+from pyro_vae.runs import Run
 from pyro_vae.terms import terms_of
-from pyro_vae.traces import DataPlates, Site, is_latent, is_random, mask_of, sites_of
+from pyro_vae.traces import is_random, sites_of
 
-__all__ = ["ElboTerms", "EvaluationRuns", "elbo_terms", "present"]
+__all__ = ["ElboTerms", "elbo_terms"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def elbo_terms(
     """
     where = "elbo_terms"
     with without_side_effects(model, guide):
-        runs = EvaluationRuns(model, guide, args, kwargs, num_particles, chunk_size, where)
+        runs = ChunkedRuns(model, guide, args, kwargs, num_particles, chunk_size, where)
         log_likelihood: dict[str, torch.Tensor] = {}
         kl: dict[str, torch.Tensor] = {}
         for run in runs:
@@ -186,92 +185,9 @@ def elbo_terms(
     return result
 
 
-class EvaluationRuns:
-    """Runs of a pair whose random sites all lie in a plate over the data.
-
-    To be made and used inside ``without_side_effects``.
-
-    Args:
-        model: The model.
-        guide: The guide.
-        args: Positional arguments of both.
-        kwargs: Keyword arguments of both.
-        num_particles: How many particles in all.
-        chunk_size: How many at a time.
-        where: The function that asks, for the messages.
-
-    Attributes:
-        plates: The data plates.
-    """
-
-    plates: DataPlates
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        num_particles: int,
-        chunk_size: int,
-        where: str,
-    ) -> None:
-        check_at_least(where, "num_particles", num_particles, 1)
-        check_at_least(where, "chunk_size", chunk_size, 1)
-        # Around the programs, as the first look is blocked from handlers outside.
-        self._model, self._guide = (refuse_subsampling(where)(p) for p in (model, guide))
-        self._arguments, self._where = (args, kwargs), where
-        self._num_particles, self._chunk_size = num_particles, min(chunk_size, num_particles)
-        self._first = self._runner(self._chunk_size, None)
-
-    def __iter__(self) -> Iterator[Run]:
-        number, rest = divmod(self._num_particles, self._chunk_size)
-        for _ in range(number):
-            for run in self._first.runs(*self._arguments):
-                yield self._checked(run)
-        if rest:
-            at_once = run.num_particles > 1  # Known by now: no need to test it again.
-            for last in self._runner(rest, at_once).runs(*self._arguments):
-                yield self._checked(last)
-
-    def _runner(self, num_particles: int, vectorize: bool | None) -> Runner:
-        return Runner(
-            self._model,
-            self._guide,
-            *self._arguments,
-            num_particles=num_particles,
-            vectorize=vectorize,
-            where=self._where,
-            check=self._check,
-        )
-
-    def _check(self, pair: Pair) -> None:
-        refuse_point_mass(pair, self._where)
-        self.plates = data_plates(pair, self._where)
-
-    def _checked(self, run: Run) -> Run:
-        """Refuses values without density: where validation is off, torch makes one up."""
-        for name, site in sites_of(run.model_trace, is_latent).items():
-            support = support_of(site["fn"])
-            if support is not None and not support.check(site["value"]).all():
-                raise ValueError(
-                    f"{self._where}: expected the guide to sample site '{name}' in the support "
-                    f"{support} of the model, got values outside it. Use a guide distribution "
-                    "with the same support."
-                )
-        return run
-
-
-def present(run: Run, site: Site) -> torch.Tensor:
-    """Where the masks of a site let values through: bool, ``(*plates)``."""
-    mask = mask_of(site)
-    mask = torch.ones((), dtype=torch.bool, device=site["value"].device) if mask is None else mask
-    return run.spread(mask, site)[0]
-
-
-def _is_data(run: Run, runs: EvaluationRuns) -> torch.Tensor:
+def _is_data(run: Run, runs: ChunkedRuns) -> torch.Tensor:
     sites = sites_of(run.model_trace, is_random).values()
-    seen = [runs.plates.sum_others(present(run, site)) > 0 for site in sites]
+    seen = [runs.plates.sum_others(run.present(site)) > 0 for site in sites]
     return torch.stack(seen).any(0)
 
 
