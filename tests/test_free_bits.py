@@ -6,51 +6,27 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from linear_elbo import DATA, ROWS, SEEN, WEIGHTS, LinearElbo
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
-from pyro_vae.guides import AmortizedMultivariateNormal, AmortizedNormal
+from pyro_vae.guides import AmortizedMultivariateNormal
 from pyro_vae.handlers import scale_kl
-from pyro_vae.models import LinearGaussian
 from pyro_vae.nets import MLP
 from pyro_vae.objectives import TraceFreeBits_ELBO
 from pyro_vae.schedules import LinearWarmup
 
-ROWS, DATA, LATENTS = 5, 3, 4
-WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 3.0, 1.5], dtype=torch.float64)
-SEEN = torch.tensor([True, False, True, True, False])
+LATENTS = 4
 
 
-class Linear:
-    """A linear-Gaussian model with a small encoder, and its ELBO by hand."""
-
+class Linear(LinearElbo):
     def __init__(self) -> None:
-        pyro.set_rng_seed(3)
-        self.model = LinearGaussian(DATA, LATENTS)
-        self.guide = AmortizedNormal(MLP(DATA, [4], 2 * LATENTS))
-        self.x = torch.randn(ROWS, DATA)
-        self.parameters = [*self.model.parameters(), *self.guide.parameters()]
+        super().__init__(LATENTS)
 
     def terms(self) -> tuple[torch.Tensor, torch.Tensor]:
         """log p(x | z) of every row at the sample of seed 0, and the KL of every latent."""
-        pyro.set_rng_seed(0)
-        q = self.guide.encoder(self.x)
-        z = q.rsample()
-        scale = self.model.log_scale.exp()
-        residual = (self.x - z @ self.model.weight.T - self.model.loc) / scale
-        log_normaliser = scale.log() + 0.5 * torch.tensor(2 * torch.pi).log()
-        log_likelihood = (-0.5 * residual**2 - log_normaliser).sum(-1)
-        kl = 0.5 * (q.mean**2 + q.variance - 1) - 0.5 * q.variance.log()
+        log_likelihood, kl, _ = self.parts()
         return log_likelihood, kl
-
-    def with_gradient(self, value: torch.Tensor) -> torch.Tensor:
-        grads = torch.autograd.grad(value, self.parameters, retain_graph=True)
-        return torch.cat([value.detach().reshape(1), *(g.flatten() for g in grads)])
-
-    def training(self, objective: Any, model: Any = None, guide: Any = None) -> torch.Tensor:
-        pyro.set_rng_seed(0)
-        loss = objective.training_loss(model or self.model, guide or self.guide, self.x)
-        return self.with_gradient(loss)
 
 
 def limit(kl: torch.Tensor, free_bits: float) -> torch.Tensor:
