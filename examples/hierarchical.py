@@ -7,7 +7,7 @@ the ladder's, which shares the model's top-down conditionals (Sonderby et al. 20
 variational autoencoders, https://arxiv.org/abs/1602.02282), each with and without a warm-up of
 beta and free bits (Kingma et al. 2016). Prints held-out log-likelihoods, and the KL and the active
 units of each layer. Expect the help to be worth about a nat with the bottom-up guide, and two with
-the ladder, whose upper layers are dead without it. The picture shows what each layer decides:
+the ladder, whose top layer is dead without it. The picture shows what each layer decides:
 digits that share the code of one layer and have those below drawn anew. Takes about two minutes on
 one core.
 """
@@ -93,7 +93,9 @@ def main(args: Args) -> pd.DataFrame:
             rows.append(row)
     table = pd.DataFrame(rows)
     table.to_csv(args.out / "hierarchical.csv", index=False)
-    print(f"\n{len(x_test)} held-out binary digits, nats per image\n")
+    print(
+        f"\n{len(x_test)} held-out binary digits, nats per image; active units of training data\n"
+    )
     print(table.to_string(index=False, float_format="{:.3f}".format))
     draw(pairs["ladder", True], x_test, args.out / "hierarchical.png")
     print(f"\nThe table and the figure are in {args.out}/")
@@ -106,7 +108,7 @@ def draw(pair: tuple[VAE, Any], x: torch.Tensor, path: Path) -> None:
 
     from pyro_vae import plots
 
-    figure, panels = plt.subplots(1, 4, figsize=(16, 5), layout="tight")
+    figure, panels = plt.subplots(1, 4, figsize=(16, 3.8), layout="tight")
     for ax, site in zip(panels, (None, "z3", "z2", "z1"), strict=True):
         rows = []
         for datum in x[:8, None].expand(-1, 10, -1):  # One image ten times.

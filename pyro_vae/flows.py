@@ -6,7 +6,7 @@ For a guide a flow is a list of Pyro's conditional transforms; the functions mak
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from math import expm1, log
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pyro.distributions as dist
 import torch
@@ -16,12 +16,18 @@ from pyro.distributions.transforms import (
 )
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import nn
-from torch.distributions import Transform
+from torch.distributions import Distribution, Transform
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.isolation import without_side_effects
 
-__all__ = ["ExactFlow", "TransformedNormal", "inverse_autoregressive", "neural_spline"]
+__all__ = [
+    "ExactFlow",
+    "ForeignFlow",
+    "TransformedNormal",
+    "inverse_autoregressive",
+    "neural_spline",
+]
 
 # Of the last layer's weights: a flow starts close to the identity, and every layer can learn.
 _SMALL = 0.01
@@ -66,6 +72,35 @@ class ExactFlow(dist.TransformedDistribution):  # type: ignore[misc]
         if not value.is_inference():  # Those tell no version.
             self._drawn = value, value._version
         return value
+
+
+class ForeignFlow(dist.TorchDistribution):
+    """A distribution over real codes of another library, such as zuko, as one of Pyro's.
+
+    Args:
+        fn: Anything with torch's interface for distributions.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = torch.distributions.constraints.real_vector
+
+    def __init__(self, fn: Distribution) -> None:
+        super().__init__(fn.batch_shape, fn.event_shape, validate_args=False)
+        self.fn, self.has_rsample = fn, fn.has_rsample
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:
+        """Draws with gradients: ``(*sample_shape, *batch, *event)``."""
+        return self.fn.rsample(torch.Size(sample_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> torch.Tensor:
+        """Draws without gradients."""
+        with torch.no_grad():
+            return self.fn.sample(torch.Size(sample_shape))
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        """Log-density in nats: ``(*sample, *batch)``."""
+        log_prob: torch.Tensor = self.fn.log_prob(value)
+        return log_prob
 
 
 class TransformedNormal(nn.Module):

@@ -52,7 +52,9 @@ class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]
         standard = (z.unsqueeze(-2) - loc) / scale
         log_density = dist.Normal(loc, scale).log_prob(z.unsqueeze(-2))
         # Weights of the components given the coordinates before d.
-        before = log_density.cumsum(-1) - log_density
+        # Not the cumulated sum minus its last term: that would cancel in float32.
+        none = torch.zeros_like(log_density[..., :1])
+        before = torch.cat([none, log_density[..., :-1]], -1).cumsum(-1)
         weights = (self.mixture_distribution.logits.unsqueeze(-1) + before).softmax(-2)
         cdf = torch.special.ndtr(standard)
         uniform = (weights * cdf).sum(-2)

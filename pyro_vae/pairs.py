@@ -94,7 +94,7 @@ def trace_pair(model: Any, guide: Any, args: Any, kwargs: Any, where: str) -> Pa
             latents.remove_node(name)  # Each side has its own plates, to be compared later.
         replayed = poutine.replay(model, trace=latents)
         try:
-            with _CompareShapes(set(latents.nodes), where):
+            with _CompareShapes(set(latents.nodes), where), _SameRows(guide_trace):
                 model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         except _ShapeMismatch as err:
             raise ValueError(str(err)) from None
@@ -201,6 +201,24 @@ def _check_latents(guide: poutine.Trace, model: poutine.Trace, where: str) -> tu
 
 class _ShapeMismatch(Exception):
     """Not a ``ValueError``: to those a trace appends a table of all shapes."""
+
+
+class _SameRows(Messenger):
+    """Gives a plate of the model the rows that the guide drew for one of the same name and size."""
+
+    def __init__(self, guide_trace: poutine.Trace) -> None:
+        super().__init__()
+        self._drawn = sites_of(guide_trace, site_is_subsample)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg) or msg["value"] is not None:
+            return
+        drawn = self._drawn.get(msg["name"])
+        if drawn is None:
+            return
+        sizes = [(fn.size, fn.subsample_size) for fn in (msg["fn"], drawn["fn"])]
+        if sizes[0] == sizes[1]:
+            msg["value"], msg["done"] = drawn["value"], True
 
 
 class _CompareShapes(Messenger):

@@ -157,6 +157,8 @@ def plot_rate_distortion(
     y_errors = [p.distortion_standard_error for p in points]
     ax.errorbar(x, y, xerr=x_errors, yerr=y_errors, fmt="o-", color="C0", markersize=4)
     ax.margins(0.12)
+    if min(x) >= 0:
+        ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))
     limits = ax.get_xlim(), ax.get_ylim()
     _annotate_betas(ax, points)
     _draw_equal_elbos(ax)
@@ -196,12 +198,12 @@ def _draw_equal_elbos(ax: "Axes") -> None:
     for total in MaxNLocator(8).tick_values(left + bottom, right + top):
         ax.axline((0, total), slope=-1, color="0.75", linewidth=0.8, linestyle=":", zorder=0)
         end = min(right, total - bottom)
-        if not left + 0.15 * (right - left) < end or total - end > top:
+        if not left + 0.15 * (right - left) < end or total - end > top - 0.15 * (top - bottom):
             continue  # No room for the words.
         ax.text(
             end,
             total - end,
-            f"ELBO {-total:g} ",
+            f"ELBO {-total:g}    ",
             rotation=-45,
             rotation_mode="anchor",
             transform_rotates_text=True,
@@ -210,6 +212,7 @@ def _draw_equal_elbos(ax: "Axes") -> None:
             color="0.55",
             fontsize="x-small",
             zorder=0,
+            clip_on=True,
         )
 
 

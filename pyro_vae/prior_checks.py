@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Distribution, Transform, constraints
 
+from pyro_vae.checks import support_of
 from pyro_vae.isolation import without_side_effects
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "check_distribution",
     "check_encoder",
     "check_pseudo_inputs",
+    "check_real",
     "check_transforms",
 ]
 
@@ -118,4 +120,18 @@ def check_distribution(where: str, network: str, fn: Any) -> None:
         raise TypeError(
             f"{where}: expected {network} to return a distribution, got {type(fn).__name__}. "
             "Wrap it in pyro_vae.nets.NormalEncoder, with 2 * latent_dim outputs."
+        )
+
+
+def check_real(site: str, fn: Any) -> None:
+    """Raises if the noise of a flow is bounded: it is then no density for all real codes."""
+    base = getattr(fn, "base", None)  # Of zuko's flows, which declare no support themselves.
+    support: Any = None if base is None else support_of(base)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support not in (None, constraints.real, constraints.real_vector):
+        raise ValueError(
+            f"FlowPrior: expected a flow over all real codes for site '{site}', got one whose "
+            f"noise has the support {support}. Outside it the flow has no density; use one with "
+            "normal noise, such as zuko.flows.NSF."
         )

@@ -6,20 +6,20 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import Transform, constraints, transform_to
 
 from pyro_vae.checks import check_at_least
-from pyro_vae.flows import TransformedNormal
+from pyro_vae.flows import ForeignFlow, TransformedNormal
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.prior_checks import (
     check_code,
     check_distribution,
     check_encoder,
     check_pseudo_inputs,
+    check_real,
     check_transforms,
 )
 from pyro_vae.program import Program
@@ -119,10 +119,12 @@ class HierarchicalPrior(Program):
                 "Without a network the prior is top itself."
             )
         names = tuple(f"z{n}" for n in range(number, 0, -1)) if sites is None else tuple(sites)
-        if len(names) != number or len(set(names)) != number:
+        of_top = getattr(top, "site", None)
+        if len(names) != number or len({*names, of_top}) != number + 1:
             raise ValueError(
-                f"HierarchicalPrior: expected {number} different sites, one for each network, got "
-                f"{list(names)}. Name them from top to bottom, without the site of top."
+                f"HierarchicalPrior: expected {number} different sites, one for each network, and "
+                f"another for top, got {list(names)} and {of_top!r}. Name them from top to bottom, "
+                "without the site of top."
             )
         super().__init__()
         self.top = top
@@ -209,7 +211,9 @@ class VampPrior(Program):
     The encoder stays the guide's: its parameters are no parameters of the prior and are not saved
     with it, but they get gradients from the prior as well as from the guide, so train both with
     one ``SVI``. A copy of the model alone has an encoder of its own, which no longer follows the
-    guide's: copy both at once, ``copy.deepcopy((model, guide))``.
+    guide's: copy both at once, ``copy.deepcopy((model, guide))``. Modes are the guide's as well:
+    ``model.eval()`` leaves the encoder as it is, and pseudo-inputs that pass a batch norm in train
+    mode count in its running statistics, as data do.
 
     Args:
         encoder: The guide's own encoder, ``guide.encoder``: from ``(batch, *event)`` to a
@@ -264,6 +268,13 @@ class VampPrior(Program):
         self.site, self.limits = site, limits
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self._encoder = (encoder,)  # In a tuple: the parameters stay the guide's alone.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, without the links that Pyro hangs on parameters."""
+        for parameter in self._encoder[0].parameters():
+            parameter.__dict__.pop("unconstrained", None)
+        state: dict[str, Any] = super().__getstate__()
+        return state
 
     def forward(self) -> torch.Tensor:
         """Samples the code within the plates around the call."""
@@ -331,6 +342,8 @@ class FlowPrior(Program):
         with without_side_effects(self.flow):
             fn = self.flow()
         check_distribution("FlowPrior", "the flow", fn)
+        if is_flow:
+            check_real(site, fn)
         if fn.batch_shape or fn.event_shape != (latent_dim,):
             raise ValueError(
                 f"FlowPrior: expected a flow of one code of shape ({latent_dim},), got event shape "
@@ -342,7 +355,7 @@ class FlowPrior(Program):
         """Samples the code within the plates around the call."""
         fn = self.flow()
         if not isinstance(fn, TorchDistributionMixin):
-            fn = ZukoToPyro(fn)
+            fn = ForeignFlow(fn)
         code: torch.Tensor = pyro.sample(self.site, fn)
         return code
 

@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import nn
+from torch.distributions import TransformedDistribution
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -24,12 +25,14 @@ from pyro_vae.traces import (
     Site,
     frames,
     is_latent,
+    is_point_mass,
     is_random,
+    layers,
     mask_of,
     sites_of,
     subsampling,
 )
-from pyro_vae.vectorised import VectorisedProgram
+from pyro_vae.vectorised import NotFixedError, VectorisedProgram
 
 __all__ = ["Links", "Run", "Runner"]
 
@@ -46,23 +49,49 @@ class Links(Messenger):
         upstream: What later sites of the guide see of each latent.
         downstream: What the model sees of each latent.
         valve: What the joints do with the gradients.
+        parametrised: Point masses that depend on parameters directly: the guide's density changes
+            with those, but not along the samples.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.parametrised: list[str] = []
         self.upstream: dict[str, torch.Tensor] = {}
         self.downstream: dict[str, torch.Tensor] = {}
         self.valve = Valve()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
-        if not is_latent(msg) or not value.requires_grad:
+        if not is_latent(msg):
+            return
+        if is_point_mass(msg["fn"]):
+            mass: Any = layers(msg["fn"])[-1]
+            joints = {joint.grad_fn for joint in self.upstream.values()}
+            if any(_reaches_a_leaf(tensor, joints) for tensor in (mass.v, mass.log_density)):
+                self.parametrised.append(msg["name"])
+        if not value.requires_grad:
             return
         value.register_hook(self.valve.gate)
         self.upstream[msg["name"]] = msg["value"] = value.view_as(value)
         linked = self.upstream[msg["name"]].view_as(value)
         linked.register_hook(partial(self.valve.weigh, event_dim=msg["fn"].event_dim))
         self.downstream[msg["name"]] = linked
+
+
+def _reaches_a_leaf(tensor: Any, stops: set[Any]) -> bool:
+    """Whether a gradient would reach a parameter other than through the nodes ``stops``."""
+    left, seen = [getattr(tensor, "grad_fn", None)], set(stops)
+    if isinstance(tensor, torch.Tensor) and tensor.is_leaf and tensor.requires_grad:
+        return True
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if hasattr(node, "variable"):  # It adds to the gradient of a leaf.
+            return True
+        seen.add(node)
+        left += [next_node for next_node, _ in node.next_functions]
+    return False
 
 
 @dataclass
@@ -188,25 +217,48 @@ class Runner:
     ) -> None:
         self.model, self.guide = model, guide
         self._num_particles, self._where = num_particles, where
+        self._wanted, self._check = vectorize, check
+        self._structures = set[frozenset[Any]]()
+        self._look(args, kwargs)
+
+    def _look(self, args: Any, kwargs: Any) -> None:
+        """Checks the programs on these arguments, without effect on anything."""
         # Blocked, because SVI watches which parameters a step uses.
-        with poutine.block(), same_random_numbers_again(), without_side_effects(model, guide):
-            pair = trace_pair(model, guide, args, kwargs, where)
-            _require_all_in_guide(pair, where)
-            check(pair)
-            self.nesting = pair.max_plate_nesting
+        with (
+            poutine.block(),
+            same_random_numbers_again(),
+            without_side_effects(self.model, self.guide),
+        ):
+            pair = trace_pair(self.model, self.guide, args, kwargs, self._where)
+            _require_all_in_guide(pair, self._where)
+            self._check(pair)
+            self.nesting, vectorize = pair.max_plate_nesting, self._wanted
             if vectorize is None:
-                vectorize = num_particles > 1 and self._broadcast(pair, args, kwargs)
-        self._vectorize = vectorize and num_particles > 1
+                vectorize = self._num_particles > 1 and self._broadcast(pair, args, kwargs)
+        self._vectorize = vectorize and self._num_particles > 1
+        self._structures.add(_structure(pair.guide_trace, pair.model_trace))
 
     def runs(
         self, args: Any, kwargs: Any, *, num_particles: int | None = None, linked: bool = False
-    ) -> Iterator[Run]:
+    ) -> list[Run]:
         """Runs both programs on all particles, or on so many, in one go or one at a time."""
         num_particles = num_particles or self._num_particles
+        runs = self._runs(args, kwargs, num_particles, linked)
+        if _structure(runs[0].guide_trace, runs[0].model_trace) in self._structures:
+            return runs
+        # A latent may be observed in some batches only, and a plate may come and go.
+        before = self._vectorize, self.nesting
+        self._look(args, kwargs)
+        if (self._vectorize, self.nesting) == before:
+            return runs
+        return self._runs(args, kwargs, num_particles, linked)
+
+    def _runs(self, args: Any, kwargs: Any, num_particles: int, linked: bool) -> list[Run]:
         at_once = num_particles if self._vectorize else 1
         rows = poutine.Trace()  # Of subsampled plates: all particles see the same.
-        for _ in range(num_particles // at_once):
-            yield self._run(args, kwargs, at_once, linked, rows)
+        return [
+            self._run(args, kwargs, at_once, linked, rows) for _ in range(num_particles // at_once)
+        ]
 
     def _run(
         self, args: Any, kwargs: Any, num_particles: int, linked: bool, rows: poutine.Trace
@@ -221,6 +273,8 @@ class Runner:
         with poutine.replay(trace=rows):
             with links or nullcontext():
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            if not linked:
+                _score_flows(guide_trace)
             given = guide_trace.copy()
             for name, value in links.downstream.items() if links else ():
                 given.nodes[name] = {**given.nodes[name], "value": value}
@@ -275,9 +329,19 @@ class Runner:
         if not pair.guide_sites:
             return False
         guide, model = program(self.guide, "guide"), program(self.model, "model")
-        with _ranks_of_batch_norm() as ranks:
-            values, _ = guide.draw(2)
-            model.score(values, 2)
+        try:
+            with _ranks_of_batch_norm() as ranks:
+                values, _ = guide.draw(2)
+                model.score(values, 2)
+        except (KeyError, NotFixedError):  # A flow without an inverse; randomness of no site.
+            warnings.warn(
+                f"{self._where}: running particles at once cannot be compared with running them "
+                "one by one, because a density cannot be computed again at the same latents, so "
+                "they run one at a time. Pass vectorize_particles=True if the networks accept "
+                "(*sample, batch, *event).",
+                stacklevel=2,
+            )
+            return False
         if not (guide.broadcasts and model.broadcasts):
             return False
         if mixed := [module for module, seen in ranks.items() if len(seen) > 1]:
@@ -317,3 +381,26 @@ def _require_all_in_guide(pair: Pair, where: str) -> None:
             f"guide, and none is summed out here. Sample '{name}' in the guide, or train with "
             "TraceEnum_ELBO."
         )
+
+
+def _score_flows(guide_trace: poutine.Trace) -> None:
+    """Scores samples of flows while their transforms remember them: some have no inverse."""
+    for site in sites_of(guide_trace, is_latent).values():
+        if any(isinstance(layer, TransformedDistribution) for layer in layers(site["fn"])):
+            site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
+
+
+def _structure(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> frozenset[Any]:
+    """What the checks of a pair look at: sites, kinds of distributions and plates, not sizes."""
+    return frozenset(
+        (
+            role,
+            name,
+            site["is_observed"],
+            type(layers(site["fn"])[-1]),
+            getattr(site["fn"], "has_rsample", None),
+            frozenset((f.name, f.dim) for f in frames(site) if f.name != _PARTICLES),
+        )
+        for role, trace in (("guide", guide_trace), ("model", model_trace))
+        for name, site in sites_of(trace, is_random).items()
+    )

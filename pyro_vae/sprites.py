@@ -84,6 +84,7 @@ def load_sprites(
             f"load_sprites: expected test_fraction to leave pictures on both sides, got "
             f"{test_fraction} of {num_rows}. 0.2 holds out every fifth picture."
         )
+    check_at_least("load_sprites", "seed", seed, 0)
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed), device="cpu")
     test, train = order.split([num_test, num_rows - num_test])
     images, factors = sprites.images, sprites.factors

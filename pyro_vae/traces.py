@@ -76,6 +76,9 @@ def site_log_prob(site: Site) -> torch.Tensor:
 
     A mask says that a value was not observed; a scale is a weight of training.
     """
+    known = site.get("unscaled_log_prob")  # As Pyro's traces name it.
+    if known is not None:
+        return masked(known, site["mask"])
     log_prob: torch.Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     return masked(log_prob, site["mask"])
 

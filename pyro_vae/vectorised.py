@@ -28,7 +28,7 @@ from pyro_vae.traces import (
     sites_of,
 )
 
-__all__ = ["Values", "VectorisedProgram"]
+__all__ = ["NotFixedError", "Values", "VectorisedProgram"]
 
 Values = dict[str, torch.Tensor]
 """Latent values by site, ``(num, *plates, *event)`` with every plate dimension spelled out."""
@@ -256,7 +256,7 @@ class VectorisedProgram:
             alone = self.score_one(values, k)
             if not self._close(log_density[k], alone):
                 if not self._close(self.score_one(values, k), alone):
-                    raise ValueError(
+                    raise NotFixedError(
                         f"{self._where}: expected a {self._role} whose log-density is fixed by "
                         "its latent values, got two values for the same latents. Put its "
                         "randomness into pyro.sample sites."
@@ -292,3 +292,7 @@ class VectorisedProgram:
 
 class OutsideSupportError(ValueError):
     """A guide's value where the model has no density."""
+
+
+class NotFixedError(ValueError):
+    """A program has two densities at the same latents."""

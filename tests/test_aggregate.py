@@ -1,6 +1,8 @@
 """The parts of the average KL, against loops, quadrature and cases with a known answer."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -752,3 +754,39 @@ def test_priors_that_do_not_fit() -> None:
 
     with pytest.raises(ValueError, match="got one that depends on another latent of the model"):
         aggregate_posterior(guide, rows(), model=ladder)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_data() -> None:
+    """Measured in a process of its own: the heap of this one has been used for other things."""
+    program = """
+import resource, sys, torch, pyro, pyro.distributions as dist
+from pyro_vae.evaluation import aggregate_posterior
+def guide(x):
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(x, 0.3).to_event(1))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+torch.set_num_threads(1)
+aggregate_posterior(guide, torch.randn(200, 10))
+before = peak()
+aggregate_posterior(guide, torch.randn(3000, 50))
+print(peak() - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert float(run.stdout) < 600  # MiB; all pairs at once would be 3,400.
+
+
+def test_a_guide_of_mixtures_has_real_codes() -> None:
+    def guide(x: torch.Tensor) -> None:
+        locs = torch.stack([x, -x], -1)
+        with pyro.plate("rows", len(x)):
+            each = dist.MixtureSameFamily(
+                dist.Categorical(torch.ones(*x.shape, 2)), dist.Normal(locs, 0.3)
+            )
+            pyro.sample("z", each.to_event(1))
+
+    result = aggregate_posterior(guide, torch.randn(50, 3))
+    parts = result.index_code_mutual_information + result.marginal_kl
+    assert parts == pytest.approx(result.kl, abs=1e-10)

@@ -9,6 +9,7 @@ import torch
 from linear_elbo import DATA, ROWS, SEEN, WEIGHTS, LinearElbo
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal
 
 from pyro_vae.handlers import scale_kl
 from pyro_vae.objectives import TraceCapacity_ELBO
@@ -348,3 +349,15 @@ def test_no_plate_over_the_data() -> None:
 
     with pytest.raises(ValueError, match="expected one vectorised plate over the data"):
         TraceCapacity_ELBO(1.0, 1.0).loss(model, guide)
+
+
+def test_a_guide_that_spreads_the_kl_over_other_sites() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    match = r"TraceCapacity_ELBO: expected a density for site 'z' .* point mass \(Delta\)"
+    for kind in (AutoDiagonalNormal, AutoDelta):
+        with pytest.raises(ValueError, match=match):
+            TraceCapacity_ELBO(1.0, 10.0).loss(model, kind(model), torch.randn(4))

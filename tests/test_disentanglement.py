@@ -603,3 +603,25 @@ def test_too_few_rows_to_split(fraction: float) -> None:
     message = f"rows of every value of factor 1 on both .* 2 rows and test_fraction={fraction}"
     with pytest.raises(ValueError, match=f"dci: expected {message}"):
         dci(few, few, test_fraction=fraction, num_trees=1)
+
+
+def test_ordered_factors_count_as_the_numbers_given() -> None:
+    """Not as their ranks, which a subset of the values would change."""
+    factors = torch.tensor([1, 2, 4, 8, 16, 32] * 20).unsqueeze(1)
+    codes = torch.cat([factors.double(), torch.randn(120, 1)], 1)
+    assert float(sap_score(codes, factors, categorical=()).table[0, 0]) == pytest.approx(1.0)
+
+
+def test_ties_of_the_factor_vae_score_do_not_depend_on_the_order_of_codes() -> None:
+    factors = torch.stack([(torch.rand(20_000) < 0.01).long(), torch.arange(20_000) % 4], 1)
+    codes = factors.double()
+    scores = [factor_vae_score(c, factors, min_scale=0).score for c in (codes, codes.flip(1))]
+    assert scores[0] == pytest.approx(scores[1], abs=5 * (2 * 0.25 / 5000) ** 0.5)
+
+
+def test_bad_columns_and_seeds() -> None:
+    factors = torch.cartesian_prod(torch.arange(4), torch.arange(5)).repeat(4, 1)
+    with pytest.raises(TypeError, match="sap_score: expected categorical to be a list of columns"):
+        sap_score(factors.double(), factors, categorical=0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dci: expected seed >= 0, got -1"):
+        dci(factors.double(), factors, seed=-1)

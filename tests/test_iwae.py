@@ -1187,6 +1187,10 @@ def test_automatic_guides(kind: Any, estimator: Any) -> None:
     objective = TraceIWAE_ELBO(6, estimator)
     objective.loss(conjugate, recorder(guide), x)
     params = dict(guide.named_parameters())
+    if kind is AutoDelta and estimator in ("stl", "dreg"):
+        with pytest.raises(ValueError, match=r"point mass \(Delta\) with parameters of its own"):
+            gradients(objective, conjugate, recorder(guide), params, x)
+        return
     loss, grads = gradients(objective, conjugate, recorder(guide), params, x)
     values = {name: recorder.last(name, 6, 4) for name in ("z", "rate")}
     log_w = Normal(0.0, 1.0).log_prob(values["z"]) + Normal(values["rate"], 1.0).log_prob(x)
@@ -1400,3 +1404,63 @@ def test_a_factor_of_the_guide_without_gradient_has_a_score() -> None:
     q = dist.Bernoulli(logits=logits).log_prob(torch.tensor([0.0, 1.0]))
     expected = torch.autograd.grad((q.exp() * (q - log_p)).sum(), logits)[0]
     torch.testing.assert_close((q.exp().detach() * torch.stack(estimates)).sum(), expected)
+
+
+@pytest.mark.parametrize("estimator", ["stl", "dreg"])
+@pytest.mark.parametrize("where", ["value", "density"])
+def test_point_masses_with_parameters(estimator: Any, where: str) -> None:
+    """Their density does not follow from the samples, so these estimators would lose a part."""
+    x, scale = torch.tensor([0.7, -1.2]), torch.zeros(2, requires_grad=True)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            u = pyro.sample("u", dist.Normal(0.3, 1.2))
+            pyro.sample("y", dist.Normal(u, 0.5), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            e = pyro.sample("e", dist.Normal(0 * x, 1.0), infer={"is_auxiliary": True})
+            size, jacobian = (scale.exp(), -scale) if where == "value" else (1.0, -scale)
+            pyro.sample("u", dist.Delta(size * e, log_density=jacobian))
+
+    objective = TraceIWAE_ELBO(3, estimator)
+    objective.loss(model, guide, x)  # Its value is right.
+    with pytest.raises(ValueError, match="parameters of its own at site 'u'.*'standard'"):
+        objective.loss_and_grads(model, guide, x)
+    TraceIWAE_ELBO(3).loss_and_grads(model, guide, x)
+
+
+@pytest.mark.parametrize("vectorize", [None, False, True])
+def test_a_flow_without_an_inverse(vectorize: Any) -> None:
+    """Its samples are scored while their transforms remember them, particle by particle."""
+    planar = dist.transforms.planar(2)
+    x, params = torch.randn(4, 2), {"bias": planar.bias, "u": planar.u}
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(x / 2, 0.7), [planar]))
+
+    def run() -> tuple[float, dict[str, torch.Tensor]]:
+        return gradients(TraceIWAE_ELBO(1, vectorize_particles=vectorize), model, guide, params, x)
+
+    pyro.set_rng_seed(0)
+    loss, grads = run()
+    pyro.set_rng_seed(0)
+    expected = Trace_ELBO().differentiable_loss(model, guide, x)
+    assert loss == pytest.approx(float(expected.detach()))
+    for name, grad in zip(params, torch.autograd.grad(expected, params.values()), strict=True):
+        torch.testing.assert_close(grads[name], grad)
+    objective = TraceIWAE_ELBO(5, vectorize_particles=vectorize)
+    if vectorize is None:
+        with pytest.warns(UserWarning, match="a density cannot be computed again"):
+            objective.loss(model, guide, x)
+    assert math.isfinite(objective.loss_and_grads(model, guide, x))
+    match = "expected a density at any value of site 'z', got a flow that has no inverse"
+    for estimator in ("stl", "dreg"):
+        with pytest.raises(ValueError, match=match):
+            TraceIWAE_ELBO(1, estimator).loss_and_grads(model, guide, x)

@@ -107,3 +107,18 @@ def test_many_latents_in_float32() -> None:
         assert tensor.grad.isfinite().all()
     assert loc.grad is not None
     assert loc.grad.abs().max() < 1e3
+
+
+def test_gradients_in_float32_with_a_component_far_away_in_one_dimension() -> None:
+    """It is near in the dimensions before, whose densities a difference of sums would lose."""
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        loc = torch.tensor([[0.0, 0.0], [0.0, 4.0]], dtype=dtype, requires_grad=True)
+        logits = torch.zeros(2, dtype=dtype, requires_grad=True)
+        scale = torch.tensor([[0.5, 0.002]] * 2, dtype=dtype)
+        q = NormalMixture(dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1))
+        value = torch.tensor([[1.0, 0.006]], dtype=dtype)
+        q.sample = lambda sample_shape=(), value=value: value
+        grads.append(torch.autograd.grad(q.rsample()[..., 1].sum(), [logits, loc]))
+    for single, double in zip(*grads, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)

@@ -79,7 +79,7 @@ def test_the_discrepancy_of_normal_distributions(chained: bool) -> None:
     x, bandwidth = torch.zeros(15, 1), 0.8
     objective = TraceMMD_ELBO(0.0, 2.0, bandwidth=bandwidth)
     draws = torch.stack([_discrepancy(objective, model, guide, x) for _ in range(150)])
-    assert objective._is_ancestral == chained
+    assert objective._is_ancestral == {("u", "v"): chained}
     q = dist.MultivariateNormal(loc, scale.square().diag())
     slope = 0.9 if chained else 0.0
     covariance = torch.tensor([[1.0, slope], [slope, slope**2 + 0.25]])

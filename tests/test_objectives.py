@@ -3,6 +3,8 @@
 import copy
 import gc
 import inspect
+import math
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +80,14 @@ MAKE: dict[str, Make] = {
 def of_iwae(estimator: Any, num_particles: int = 1, **kwargs: Any) -> TraceIWAE_ELBO:
     """K is an argument without a default."""
     return TraceIWAE_ELBO(num_particles, estimator, **kwargs)
+
+
+def of_two_latents(make: Make) -> Any:
+    """The objective for codes of width 2."""
+    objective = make()
+    if isinstance(objective, TraceFactor_ELBO):
+        return TraceFactor_ELBO(3.0, MLP(2, [4], 1))
+    return objective
 
 
 @pytest.fixture(params=MAKE)
@@ -486,3 +496,91 @@ def test_the_training_loss_has_the_dtype_of_the_programs(make: Make) -> None:
         assert objective.training_loss(p.model, p.guide, x).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float64)
+
+
+def test_a_latent_that_is_observed_in_some_batches_only(make: Make) -> None:
+    """What an objective cannot take is found where it comes, not at the first batch alone."""
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(0.3 * torch.ones(len(x))), obs=y)
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1) + 4 * y, 0.7), obs=x)
+
+    def guide(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            if y is None:
+                pyro.sample("y", dist.Bernoulli(torch.full((len(x),), 0.4)))
+            loc = torch.stack([x, -x], -1)
+            pyro.sample("z", dist.Normal(0.2 * loc, 0.6).to_event(1))
+
+    x, y = torch.randn(4), torch.ones(4)
+    objective = of_two_latents(make)
+    objective.loss(model, guide, x, y)
+    if isinstance(objective, TraceIWAE_ELBO) and objective.estimator == "standard":
+        objective.loss(model, guide, x)
+    else:
+        with pytest.raises(ValueError, match="expected a reparameterised guide, got site 'y'"):
+            objective.loss(model, guide, x)
+    objective.loss(model, guide, x, y)
+
+
+def test_rows_drawn_at_random_with_weights(make: Make) -> None:
+    """The first look sees the same rows in model and guide."""
+    data, weight = torch.randn(20, 2), torch.rand(20) + 0.5
+
+    def model() -> None:
+        with pyro.plate("d", NUM_DATA, subsample_size=5) as rows:
+            rows = rows % 20
+            with poutine.scale(scale=weight[rows]):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=data[rows])
+
+    def guide() -> None:
+        with pyro.plate("d", NUM_DATA, subsample_size=5) as rows:
+            rows = rows % 20
+            with poutine.scale(scale=weight[rows]):
+                pyro.sample("z", dist.Normal(0.5 * data[rows], 0.7).to_event(1))
+
+    objective = of_two_latents(make)
+    pyro.set_rng_seed(0)
+    loss = objective.loss(model, guide)
+    pyro.set_rng_seed(0)
+    elbo = TraceMeanField_ELBO()
+    if not isinstance(objective, TraceIWAE_ELBO | TraceTotalCorrelation_ELBO):
+        assert loss == pytest.approx(elbo.loss(model, guide))
+
+
+def test_a_used_objective_can_be_pickled(make: Make) -> None:
+    """Its programs may be functions that cannot, and it will look at them again."""
+    p, objective = LinearCodes(), make()
+
+    def model(x: torch.Tensor) -> None:
+        p.model(x)
+
+    objective.loss(model, p.guide, p.x)
+    again = pickle.loads(pickle.dumps(objective))
+    pyro.set_rng_seed(0)
+    expected = objective.loss(model, p.guide, p.x)
+    pyro.set_rng_seed(0)
+    assert again.loss(model, p.guide, p.x) == expected
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_an_encoder_with_noise_of_its_own(num_particles: int) -> None:
+    """Nothing can be compared then, so particles run one at a time."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 0.1 * torch.randn_like(x), 1.0))
+
+    objective = TraceIWAE_ELBO(num_particles)
+    if num_particles > 1:
+        with pytest.warns(UserWarning, match="vectorize_particles=True"):
+            objective.loss(model, guide, torch.randn(4))
+    assert math.isfinite(objective.loss_and_grads(model, guide, torch.randn(4)))

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import transforms
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from torch.distributions import biject_to
 
@@ -200,8 +201,6 @@ class TestEveryPrior:
 
     @pytest.mark.parametrize("name", MAKE)
     def test_hamiltonian_monte_carlo_can_move_its_codes(self, name: str) -> None:
-        if name == "zuko":
-            pytest.skip("zuko's distributions have no support")
         site = traced(MAKE[name](2)).nodes["z"]
         assert biject_to(site["fn"].support)(torch.zeros(2)).shape == (2,)
 
@@ -806,3 +805,65 @@ class TestHierarchicalPrior:
 
         with pytest.raises(ValueError, match=r"batch shape \(1,\) and event shape \(2,\) from the"):
             run(Folding())
+
+
+def test_a_flow_of_bounded_noise_is_refused() -> None:
+    """Outside its noise it has no density, to which training would move the codes."""
+    zuko = import_zuko()
+    match = "FlowPrior: expected a flow over all real codes for site 'z', got one whose noise"
+    with pytest.raises(ValueError, match=match):
+        FlowPrior(1, zuko.flows.NCSF(1, transforms=2))
+
+
+def zuko_prior(kind: str) -> FlowPrior:
+    zuko = import_zuko()
+    if kind == "mixture":
+        return FlowPrior(2, zuko.flows.GMM(2, components=3))
+    return FlowPrior(2, zuko.flows.MAF(2, transforms=1, hidden_features=[4]))
+
+
+@pytest.mark.parametrize("kind", ["flow", "mixture"])
+def test_flows_of_zuko_as_distributions_of_pyro(kind: str) -> None:
+    prior = zuko_prior(kind)
+
+    def model() -> torch.Tensor:
+        with pyro.plate("data", 4):
+            return pyro.sample("x", dist.Normal(prior(), 1.0).to_event(1))
+
+    drawn = Predictive(model, num_samples=7, parallel=True)()
+    assert drawn["z"].reshape(-1, 2).shape == (28, 2)
+    trace = poutine.trace(model).get_trace()
+    fn, value = trace.nodes["z"]["fn"], trace.nodes["z"]["value"].detach()
+    assert fn.support.check(value).all()
+    torch.testing.assert_close(fn.log_prob(value), prior.flow().log_prob(value))
+    changed = value.clone()
+    fn.log_prob(changed)
+    changed.mul_(2)
+    torch.testing.assert_close(fn.log_prob(changed), prior.flow().log_prob(2 * value))
+    with torch.no_grad():
+        replayed = poutine.trace(model).get_trace()
+    replayed.compute_log_prob()
+    assert replayed.nodes["z"]["log_prob"].requires_grad
+
+
+def test_a_model_with_a_vamp_prior_can_be_saved_after_training() -> None:
+    x = torch.rand(8, 4)
+    guide = AmortizedNormal(MLP(4, [5], 4))
+    model = VAE(MLP(2, [5], 4), Normal(0.3), VampPrior(guide.encoder, x[:3]))
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step(x)
+    file = io.BytesIO()
+    torch.save((model, guide), file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    expected = Trace_ELBO().loss(model, guide, x)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    assert Trace_ELBO().loss(*again, x) == pytest.approx(expected)
+
+
+def test_the_top_of_a_hierarchy_has_a_site_of_its_own() -> None:
+    network = NormalEncoder(MLP(2, [], 4))
+    with pytest.raises(ValueError, match=r"another for top, got \['z1'\] and 'z1'"):
+        HierarchicalPrior(StandardNormalPrior(2, site="z1"), [network])

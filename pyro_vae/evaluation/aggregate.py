@@ -17,6 +17,7 @@ from pyro_vae.traces import is_point_mass
 __all__ = ["AggregatePosterior", "aggregate_posterior"]
 
 _WHERE = "aggregate_posterior"
+_WRAPPERS = constraints.independent, constraints.MixtureSameFamilyConstraint
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ def _log_prior(prior: CodeSite | None, posterior: CodeSite, codes: torch.Tensor)
 
 def _standard_normal(site: CodeSite, codes: torch.Tensor) -> torch.Tensor:
     """Log-density of every dimension: ``(S, rows, dimensions)``."""
-    support = support_of(site.fn)
-    while isinstance(support, constraints.independent):
+    support: Any = support_of(site.fn)
+    while isinstance(support, _WRAPPERS):
         support = support.base_constraint
     if support not in (None, constraints.real):
         raise ValueError(

@@ -70,11 +70,17 @@ class AggregateDensity:
         # Against the batch dimensions of all data stand those of length 1.
         flat = codes.reshape(-1, *(1,) * len(self._fn.batch_shape), *event_shape)
         own = torch.arange(self.num_data, device=device).repeat(len(codes)).unsqueeze(1)
-        chunks = []
-        for z, row in zip(flat.split(chunk_size), own.split(chunk_size), strict=True):
-            given_x, by_dimension = self._pairs(z)
-            chunks.append((given_x.gather(1, row), given_x.logsumexp(1), by_dimension.logsumexp(1)))
-        given_own, log_q, log_q_j = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        # Written in place: small results kept in a list between the large tensors of the chunks
+        # would hold on to the memory that those give back.
+        num, dimensions = len(flat), math.prod(event_shape)
+        given_own = torch.empty(num, dtype=torch.float64, device=device)
+        log_q, log_q_j = torch.empty_like(given_own), given_own.new_empty(num, dimensions)
+        for start in range(0, num, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            given_x, by_dimension = self._pairs(flat[chunk])
+            given_own[chunk] = given_x.gather(1, own[chunk]).squeeze(1)
+            torch.logsumexp(given_x, 1, out=log_q[chunk])
+            torch.logsumexp(by_dimension, 1, out=log_q_j[chunk])
         log_n, shape = math.log(self.num_data), codes.shape[:2]
         return (
             given_own.reshape(shape),

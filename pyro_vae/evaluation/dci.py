@@ -60,7 +60,8 @@ def dci(
     the accuracy on rows held out, each value of a factor in proportion.
 
     Trees divide chance differences among unrelated codes too. So scores of codes that know nothing
-    are small but above 0, the more so the fewer codes, factors and rows there are.
+    are small but above 0, the more so the fewer codes, factors and rows there are. The forests of
+    five factors take some ten seconds for 10,000 rows of 10 codes, and as many rows are enough.
 
     Args:
         codes: Means or samples of the latent, shape ``(N, L)`` with at least 2 codes.

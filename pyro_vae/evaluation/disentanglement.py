@@ -153,7 +153,7 @@ def sap_score(
         codes: Means or samples of the latent, shape ``(N, L)``.
         factors: Known factors, integers of shape ``(N, F)``.
         categorical: Columns of factors without an order, such as shapes. Those of ordered factors
-            are taken as numbers, so their values should be evenly spaced. May be empty.
+            are taken as the numbers given. May be empty.
         test_fraction: Part of the rows held out, each value of the factor in proportion.
         seed: Seed of split and trees; the global random state is not touched.
 
@@ -178,15 +178,16 @@ def sap_score(
         every factor as categorical and a linear support vector machine in place of thresholds.
     """
     where = "sap_score"
+    given = factors
     codes, factors = check_known_factors(where, codes, factors, num_factors=1)
     check_columns(where, "categorical", categorical, factors.shape[1])
-    codes, columns = standardised(codes), []
+    codes, numbers, columns = standardised(codes), given.detach().cpu().double(), []
     for number, factor in enumerate(factors.T):
         if number in categorical:
             rows = split_rows(where, number, factor, test_fraction, seed)
             columns.append(_threshold_accuracy(codes, factor, *rows, seed))
         else:
-            columns.append(_squared_correlation(codes, factor.double()))
+            columns.append(_squared_correlation(codes, numbers[:, number]))
     return GapScore.of(torch.stack(columns, -1))
 
 

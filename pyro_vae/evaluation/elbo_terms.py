@@ -117,10 +117,10 @@ def elbo_terms(
         \text{ELBO}(x) = \sum_{\text{observed}} E_q[\log p(x \mid z)]
         - \sum_{\text{latent}} E_q[KL(q(z \mid x) \,\|\, p(z))]
 
-    A KL is in closed form where Pyro has a formula and the latents it is conditional on in the
-    model are drawn before it in the guide as well; else it is the mean of log q - log p. Either
-    is averaged over the particles, as it may depend on other latents. Evaluation only: modules
-    run in eval mode, no gradient is kept, parameters are not touched, every scale (beta,
+    A KL is in closed form where Pyro has a formula and all latents before it in the model, which
+    may be its parents, come before it in the guide as well; else it is the mean of log q - log p.
+    Either is averaged over the particles, as it may depend on other latents. Evaluation only:
+    modules run in eval mode, no gradient is kept, parameters are not touched, every scale (beta,
     subsampling) is ignored and every mask kept.
 
     Args:

@@ -19,7 +19,9 @@ class FixedFactorScore:
 
     Attributes:
         score: Accuracy on groups held out, in [0, 1]; higher is better.
-        chance: Accuracy of guessing, 1 / F; codes that know nothing score about that.
+        chance: Accuracy of guessing, 1 / F. Codes that know nothing come near it from above: the
+            groups held out are drawn from the same rows as those fitted to, whose chance
+            regularities count as knowledge. Thousands of rows make that small.
         train_score: Accuracy on the groups that the classifier was fitted to.
         score_of_factors: Accuracy on the groups held out that share each factor, shape ``(F,)``.
     """
@@ -57,7 +59,8 @@ def factor_vae_score(
 
     Protocol: for one vote, one factor takes its value in a random row, and ``group_size`` rows
     with that value are drawn with replacement; the vote is the code with the smallest variance in
-    the group relative to its variance over all rows. Each code stands for the factor that was
+    the group relative to its variance over all rows, one of them by lot where several do not vary.
+    Each code stands for the factor that was
     fixed most often when it won in training; the score is the part of held-out votes where this
     is right. Every factor is fixed equally often.
 
@@ -108,7 +111,7 @@ def factor_vae_score(
     rows = _Rows(where, factors, group_size, seed)
 
     def votes(num: int) -> tuple[torch.Tensor, torch.Tensor]:
-        won = [(codes[group].var(1).argmin(-1), fixed) for group, fixed in rows.groups(num)]
+        won = [(rows.least(codes[group].var(1)), fixed) for group, fixed in rows.groups(num)]
         return torch.cat([code for code, _ in won]), torch.cat([fixed for _, fixed in won])
 
     train, fixed = votes(num_train)
@@ -229,6 +232,12 @@ class _Rows:
                 )
             self._count[:, number] = counts[factor]
             self._first[:, number] = (counts.cumsum(0) - counts)[factor]
+
+    def least(self, values: torch.Tensor) -> torch.Tensor:
+        """Where each row of ``values`` is least, by lot among equals up to rounding."""
+        is_least = values <= values.amin(-1, keepdim=True) + 1e-12
+        lots = torch.rand(values.shape, generator=self._generator, dtype=torch.float64)
+        return (is_least * (lots + 1)).argmax(-1)
 
     def groups(self, num: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Chunks of rows ``(chunk, size)``, and the factors that they share, ``(chunk,)``."""

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import torch
 
-from pyro_vae.checks import check_data
+from pyro_vae.checks import check_at_least, check_data
 
 __all__ = [
     "check_columns",
@@ -74,13 +74,18 @@ def check_known_factors(
         if not column.any():
             raise ValueError(
                 f"{where}: expected every factor to vary, got one single value in column {number} "
-                "of the factors. Leave that column out."
+                f"of the factors in {len(column)} rows. Leave that column out, or pass more rows."
             )
     return codes, torch.stack(columns, -1)
 
 
 def check_columns(where: str, name: str, columns: Collection[int], num_factors: int) -> None:
     """Raises unless ``columns`` are numbers of factors."""
+    if not isinstance(columns, Collection):
+        raise TypeError(
+            f"{where}: expected {name} to be a list of columns, got {type(columns).__name__}. "
+            f"Pass {name}=[0] for the first factor alone."
+        )
     if not all(column in range(num_factors) for column in columns):
         raise ValueError(
             f"{where}: expected {name} among the columns 0 ... {num_factors - 1} of the factors, "
@@ -129,6 +134,7 @@ def split_rows(
             f"{where}: expected rows of every value of factor {number} on both sides of the split, "
             f"got a value with {fewest} rows and test_fraction={test_fraction}. Pass more rows."
         )
+    check_at_least(where, "seed", seed, 0)
     from sklearn.model_selection import train_test_split
 
     train, test = train_test_split(

@@ -4,7 +4,7 @@ from functools import reduce
 
 import torch
 
-from pyro_vae.objectives.objective import TermsObjective, check_weight
+from pyro_vae.objectives.objective import TermsObjective, check_weight, require_densities
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
@@ -85,6 +85,9 @@ class TraceCapacity_ELBO(TermsObjective):
                 f"none among {sorted(terms.kl)}. The capacity is that of the code of a datum; "
                 "train with Trace_ELBO."
             )
+        run = Run.of(pair)
+        local = [name for name, term in terms.kl.items() if term.local and name in run.model_trace]
+        require_densities(run, local, type(self).__name__)
 
     def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         local = [term for term in terms.kl.values() if term.local]

@@ -13,9 +13,9 @@ from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.scales import Scales
 from pyro_vae.terms import Terms, data_plates_of
-from pyro_vae.traces import Plate, Site, is_latent, is_point_mass, layers, sites_of
+from pyro_vae.traces import Plate, Site, is_latent, layers, sites_of
 
-__all__ = ["CodeObjective", "Codes", "require_densities", "require_fixed_by_data", "rows"]
+__all__ = ["CodeObjective", "Codes", "require_fixed_by_data", "rows"]
 
 
 class CodeObjective(TermsObjective):
@@ -49,7 +49,6 @@ class CodeObjective(TermsObjective):
                 f"{sites!r}. Pass sites=['z'], or leave it out for all latents."
             )
         self.sites = None if sites is None else tuple(sites)
-        self._names = self.sites or ()
 
     def _check_terms(self, pair: Pair, terms: Terms) -> None:
         where, run = type(self).__name__, Run.of(pair)
@@ -61,8 +60,7 @@ class CodeObjective(TermsObjective):
             )
         known = _sites_in_plate(run, terms.scales)
         _check_sites(self.sites, known, next(iter(plates)), where)
-        self._names = self.sites or tuple(known)
-        for name in self._names:
+        for name in self.sites or known:
             _check_whole(run, name, terms, where)
         self._check_codes(self._codes([run], terms.scales), terms)
 
@@ -70,7 +68,8 @@ class CodeObjective(TermsObjective):
         """Raises where the objective cannot take the codes of a first batch."""
 
     def _codes(self, runs: list[Run], scales: Scales) -> "Codes":
-        return Codes.of(runs, self._names, scales)
+        names = self.sites or tuple(_sites_in_plate(runs[0], scales))
+        return Codes.of(runs, names, scales)
 
 
 @dataclass(frozen=True)
@@ -191,19 +190,6 @@ def _masks(run: Run, name: str) -> list[tuple[Site, Any]]:
         if isinstance(layer, MaskedDistribution)
     ]
     return around + inside
-
-
-def require_densities(codes: Codes, where: str) -> None:
-    """Raises if a latent of the code is a point mass in the guide, whose KL is not its own."""
-    (run,) = codes.runs
-    for name in codes.names:
-        of_guide: Site = run.guide_trace.nodes[name]
-        of_model: Site = run.model_trace.nodes[name]
-        if is_point_mass(of_guide["fn"]) and not is_point_mass(of_model["fn"]):
-            raise ValueError(
-                f"{where}: expected a density for site '{name}' in the guide, got a point mass "
-                "(Delta). Sample it from a distribution of its own, or leave it out of sites."
-            )
 
 
 def _check_sites(sites: tuple[str, ...] | None, known: list[str], plate: Plate, where: str) -> None:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
-from pyro_vae.objectives.code_objective import CodeObjective, Codes, require_densities
-from pyro_vae.objectives.objective import check_weight
+from pyro_vae.objectives.code_objective import CodeObjective, Codes
+from pyro_vae.objectives.objective import check_weight, require_densities
 from pyro_vae.runs import Run
 from pyro_vae.scales import Scales
 from pyro_vae.schedules import Weight
@@ -128,7 +128,7 @@ class TraceFactor_ELBO(CodeObjective):
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _check_codes(self, codes: Codes, terms: Terms) -> None:
-        require_densities(codes, "TraceFactor_ELBO")
+        require_densities(codes.runs[0], codes.names, "TraceFactor_ELBO")
         values = codes.values
         for name, parameter in self.discriminator.named_parameters():
             if (parameter.device, parameter.dtype) != (values.device, values.dtype):

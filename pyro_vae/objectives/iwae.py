@@ -125,6 +125,8 @@ class TraceIWAE_ELBO(Objective):
             require_reparameterized(pair, f"TraceIWAE_ELBO(estimator='{self.estimator}')", fix)
 
     def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if training and self.estimator in ("stl", "dreg"):
+            _refuse_parametrised(runs[0], self.estimator)
         draws = WeightedDraws.of(runs)
         shape = self.num_groups, self.num_particles, *draws.log_p.shape[1:]
         log_w = (draws.log_p - draws.log_q).detach().reshape(shape)
@@ -190,6 +192,17 @@ class TraceIWAE_ELBO(Objective):
             bound = bound - without_own
             own = own - others / self.num_particles
         return self._combine(bound.expand(log_w.shape), own) / self.num_groups
+
+
+def _refuse_parametrised(run: Run, estimator: str) -> None:
+    """Raises where part of the guide's density does not follow from its samples."""
+    for name in run.links.parametrised if run.links else ():
+        raise ValueError(
+            f"TraceIWAE_ELBO(estimator='{estimator}'): expected a guide whose density follows "
+            f"from its samples, got a point mass (Delta) with parameters of its own at site "
+            f"'{name}'. Sample the site from a distribution, a TransformedDistribution for "
+            "instance, or use estimator='standard'."
+        )
 
 
 def _leave_one_out(log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ from pyro import poutine
 from pyro_vae.dependence import dependent_latents
 from pyro_vae.handlers import stop_after
 from pyro_vae.isolation import evaluation_mode
-from pyro_vae.objectives.code_objective import CodeObjective, Codes, require_densities
-from pyro_vae.objectives.objective import check_weight
+from pyro_vae.objectives.code_objective import CodeObjective, Codes
+from pyro_vae.objectives.objective import check_weight, require_densities
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
 from pyro_vae.terms import Terms
@@ -124,14 +124,14 @@ class TraceMMD_ELBO(CodeObjective):
                 f"{float(self.divergence)}. Elsewhere a divergence would be maximised; 0 and 1 "
                 "give the ELBO."
             )
-        self._is_ancestral = True
+        self._is_ancestral: dict[tuple[str, ...], bool] = {}
 
     def _check_codes(self, codes: Codes, terms: Terms) -> None:
         _require_pairs(codes)
-        require_densities(codes, "TraceMMD_ELBO")
+        require_densities(codes.runs[0], codes.names, "TraceMMD_ELBO")
         (run,) = codes.runs
         dependent = dependent_latents(run.model, run.model_trace)
-        self._is_ancestral = not dependent.isdisjoint(codes.names)
+        self._is_ancestral[codes.names] = not dependent.isdisjoint(codes.names)
 
     def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         codes = self._codes(runs, terms.scales)
@@ -145,7 +145,7 @@ class TraceMMD_ELBO(CodeObjective):
     def _prior(self, codes: Codes) -> torch.Tensor:
         """Codes of the prior for the rows of the batch, ``(num_particles or 1, batch, D)``."""
         with torch.no_grad():
-            if not self._is_ancestral:
+            if not self._is_ancestral[codes.names]:
                 return codes.collect(lambda site: site["fn"].sample(), "model")
             first = codes.runs[0]
             # In eval mode: codes of the prior are no training data for a batch norm.

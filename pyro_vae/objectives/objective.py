@@ -1,7 +1,7 @@
 """The common root of the objectives: losses for ``pyro.infer.SVI``."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,9 +13,15 @@ from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run, Runner
 from pyro_vae.schedules import Weight, weight_of
 from pyro_vae.terms import Terms, require_terms, terms_of
-from pyro_vae.traces import is_random, sites_of
+from pyro_vae.traces import Site, is_point_mass, is_random, sites_of
 
-__all__ = ["Objective", "TermsObjective", "check_weight", "require_reparameterized"]
+__all__ = [
+    "Objective",
+    "TermsObjective",
+    "check_weight",
+    "require_densities",
+    "require_reparameterized",
+]
 
 Program = Callable[..., Any]
 
@@ -47,6 +53,10 @@ class Objective(ELBO):
         super().__init__(num_particles=num_particles, retain_graph=retain_graph)
         self.vectorize_particles = vectorize_particles
         self._runner: Runner | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without the programs it last saw, which it will look at again."""
+        return {**self.__dict__, "_runner": None}
 
     @abstractmethod
     def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +97,7 @@ class Objective(ELBO):
                 check=self._check,
             )
             self._runner = known
-        return list(known.runs(args, kwargs, linked=training and self._linked))
+        return known.runs(args, kwargs, linked=training and self._linked)
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The negative bound, nats, summed over all data."""
@@ -169,6 +179,25 @@ def require_reparameterized(pair: Pair, where: str, fix: str) -> None:
             raise ValueError(
                 f"{where}: expected a reparameterised guide, got site '{name}' of "
                 f"{type(site['fn']).__name__}, whose samples have no gradient. {fix}"
+            )
+
+
+def require_densities(run: Run, names: Iterable[str], where: str) -> None:
+    """Raises if one of these latents is a point mass in the guide, whose KL is not its own.
+
+    Args:
+        run: A first execution.
+        names: The latents.
+        where: The objective, for the message.
+    """
+    for name in names:
+        of_guide: Site = run.guide_trace.nodes[name]
+        of_model: Site = run.model_trace.nodes[name]
+        if is_point_mass(of_guide["fn"]) and not is_point_mass(of_model["fn"]):
+            raise ValueError(
+                f"{where}: expected a density for site '{name}' in the guide, got a point mass "
+                "(Delta), as Pyro's autoguides make them, whose KL is spread over other sites. "
+                "Sample it from a distribution, or train with Trace_ELBO."
             )
 
 

@@ -145,7 +145,7 @@ def _log_density(
     total = None
     for name in names:
         site = trace.nodes[name]
-        values = run.spread(site_log_prob(site), site)
+        values = run.spread(_log_prob(site), site)
         if weighted:
             values = values * scales.of_site(site)
         others = [d for d in range(-run.nesting, 0) if d not in scales.dims]
@@ -156,3 +156,14 @@ def _log_density(
         zeros = torch.zeros(run.num_particles, *(1,) * run.nesting, device=like.device)
         return zeros.to(like.dtype) if like.is_floating_point() else zeros
     return total
+
+
+def _log_prob(site: Site) -> torch.Tensor:
+    try:
+        return site_log_prob(site)
+    except KeyError as err:  # Pyro's flows without an inverse know the density of a sample alone.
+        raise ValueError(
+            f"TraceIWAE_ELBO: expected a density at any value of site '{site['name']}', got a flow "
+            "that has no inverse in Pyro. Use one that has, such as affine_autoregressive, or "
+            "estimator='standard'."
+        ) from err
