@@ -17,12 +17,13 @@ from torch import nn
 
 from pyro_vae.guides import AmortizedNormal
 from pyro_vae.likelihoods import Bernoulli
+from pyro_vae.links import Links
 from pyro_vae.models import VAE
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder, FlattenLeading
 from pyro_vae.objectives import TraceIWAE_ELBO
 from pyro_vae.pairs import Pair
 from pyro_vae.priors import StandardNormalPrior
-from pyro_vae.runs import Links, Run, Runner
+from pyro_vae.runs import Run, Runner
 
 
 def accept(pair: Pair) -> None:
