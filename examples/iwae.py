@@ -8,7 +8,7 @@ every batch) with K = 1, 5 and 50 particles, for K = 50 with three estimators of
 prints for 360 held-out images, binarised once, the mean bounds at several K, the log-likelihood
 from 5,000 particles with two standard errors (over images, and Monte Carlo) and the number of
 active units. Draws the signal-to-noise ratio of the encoder's gradient against K: it falls for
-"standard", into the noise, and rises for the others. Takes under three minutes on one core. Expect
+"standard", into the noise, and rises for the others. Takes about four minutes on one core. Expect
 log-likelihoods of -27.8, -27.3 and -27.0 nats with 7, 17 and 20 active units as K grows (while
 the ELBO falls), and 0.05 nats more with "stl" or "dreg".
 """
