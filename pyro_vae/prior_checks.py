@@ -19,6 +19,8 @@ __all__ = [
     "check_transforms",
 ]
 
+_WRAPPERS = constraints.independent, constraints.MixtureSameFamilyConstraint
+
 
 def check_pseudo_inputs(inputs: Any, limits: tuple[float, float] | None) -> None:
     """Raises unless ``inputs`` are rows of finite data within ``limits``."""
@@ -124,14 +126,15 @@ def check_distribution(where: str, network: str, fn: Any) -> None:
 
 
 def check_real(site: str, fn: Any) -> None:
-    """Raises if the noise of a flow is bounded: it is then no density for all real codes."""
-    base = getattr(fn, "base", None)  # Of zuko's flows, which declare no support themselves.
-    support: Any = None if base is None else support_of(base)
-    while isinstance(support, constraints.independent):
+    """Raises if a flow, or its noise, is bounded: it is then no density for all real codes."""
+    support: Any = support_of(fn)
+    if support is None:  # Zuko's flows declare none.
+        support = None if (base := getattr(fn, "base", None)) is None else support_of(base)
+    while isinstance(support, _WRAPPERS):
         support = support.base_constraint
     if support not in (None, constraints.real, constraints.real_vector):
         raise ValueError(
-            f"FlowPrior: expected a flow over all real codes for site '{site}', got one whose "
-            f"noise has the support {support}. Outside it the flow has no density; use one with "
+            f"FlowPrior: expected a flow over all real codes for site '{site}', got one that, or "
+            f"whose noise, has the support {support}. Outside it there is no density; use one with "
             "normal noise, such as zuko.flows.NSF."
         )

@@ -32,8 +32,11 @@ class Program(PyroModule):
         for key, value in self.__dict__.items():
             copy.__dict__[key] = deepcopy(value, memo)
         old, parts = self._pyro_name, [m for m in copy.modules() if isinstance(m, PyroModule)]
+        # One that is being copied around this one has no name yet.
         others = [
-            m._pyro_name for m in memo.values() if isinstance(m, PyroModule) and m is not copy
+            m.__dict__.get("_pyro_name")
+            for m in memo.values()
+            if isinstance(m, PyroModule) and m is not copy
         ]
         is_part = any(name and old.startswith(f"{name}.") for name in others)
         has_sites = any(part._pyro_samples for part in parts)  # Their names are the parameters'.

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributions import TransformedDistribution
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import tree_flatten
 
 from pyro_vae.isolation import same_random_numbers_again, without_side_effects
 from pyro_vae.links import Links
@@ -97,6 +98,25 @@ class Run:
         return self.spread(mask, site).any(0)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How to run programs on arguments of one form.
+
+    Attributes:
+        nesting: How many dimensions the plates of both programs take.
+        vectorize: Whether particles run at once.
+        structures: Of the traces for which this is known to be right.
+    """
+
+    nesting: int
+    vectorize: bool
+    structures: set[frozenset[Any]]
+
+    def fits(self, other: "_Plan") -> bool:
+        """Whether both run the programs in the same way."""
+        return (self.nesting, self.vectorize) == (other.nesting, other.vectorize)
+
+
 class Runner:
     """Runs a pair of programs on particles, and knows what it learnt of them the first time.
 
@@ -109,9 +129,6 @@ class Runner:
         vectorize: Whether at once in a plate; ``None`` for wherever that gives the same numbers.
         where: Who asks, for the messages.
         check: Called with the first execution, to raise where it does not suit.
-
-    Attributes:
-        nesting: How many dimensions the plates of both programs take.
 
     Raises:
         ValueError: If the programs do not belong together or do not fit the data.
@@ -132,10 +149,10 @@ class Runner:
         self.model, self.guide = model, guide
         self._num_particles, self._where = num_particles, where
         self._wanted, self._check = vectorize, check
-        self._structures = set[frozenset[Any]]()
+        self._plans: dict[Any, _Plan] = {}
         self._look(args, kwargs)
 
-    def _look(self, args: Any, kwargs: Any) -> None:
+    def _look(self, args: Any, kwargs: Any) -> "_Plan":
         """Checks the programs on these arguments, without effect on anything."""
         # Blocked, because SVI watches which parameters a step uses.
         with (
@@ -146,41 +163,69 @@ class Runner:
             pair = trace_pair(self.model, self.guide, args, kwargs, self._where)
             _require_all_in_guide(pair, self._where)
             self._check(pair)
-            self.nesting, vectorize = pair.max_plate_nesting, self._wanted
+            vectorize = self._wanted
             if vectorize is None:
                 vectorize = self._num_particles > 1 and self._broadcast(pair, args, kwargs)
-        self._vectorize = vectorize and self._num_particles > 1
-        self._structures.add(_structure(pair.guide_trace, pair.model_trace))
+        vectorize = vectorize and self._num_particles > 1
+        plan = _Plan(pair.max_plate_nesting, vectorize, set())
+        form = _form(args, kwargs)
+        known = self._plans.get(form)
+        if known is not None and known.fits(plan):
+            plan = known
+        if len(self._plans) > 100:  # Arguments of ever new forms are not worth a memory.
+            self._plans.clear()
+        self._plans[form] = plan
+        plan.structures.add(_structure(pair.guide_trace, pair.model_trace))
+        return plan
 
     def runs(
         self, args: Any, kwargs: Any, *, num_particles: int | None = None, linked: bool = False
     ) -> list[Run]:
-        """Runs both programs on all particles, or on so many, in one go or one at a time."""
-        num_particles = num_particles or self._num_particles
-        runs = self._runs(args, kwargs, num_particles, linked)
-        if _structure(runs[0].guide_trace, runs[0].model_trace) in self._structures:
-            return runs
-        # A latent may be observed in some batches only, and a plate may come and go.
-        before = self._vectorize, self.nesting
-        self._look(args, kwargs)
-        if (self._vectorize, self.nesting) == before:
-            return runs
-        return self._runs(args, kwargs, num_particles, linked)
+        """Runs both programs on all particles, or on so many, in one go or one at a time.
 
-    def _runs(self, args: Any, kwargs: Any, num_particles: int, linked: bool) -> list[Run]:
-        at_once = num_particles if self._vectorize else 1
+        A latent may be observed in some batches only, and a plate may come and go. So arguments
+        of a new form are looked at first, and programs that turn out otherwise than before are
+        looked at afterwards.
+        """
+        num_particles = num_particles or self._num_particles
+        plan = self._plans.get(_form(args, kwargs)) or self._look(args, kwargs)
+        try:
+            runs = self._runs(args, kwargs, plan, num_particles, linked)
+        except Exception:
+            again = self._look(args, kwargs)
+            if again.fits(plan):
+                raise
+            return self._runs(args, kwargs, again, num_particles, linked)
+        if _structure(runs[0].guide_trace, runs[0].model_trace) in plan.structures:
+            return runs
+        again = self._look(args, kwargs)
+        if again.fits(plan):
+            return runs
+        return self._runs(args, kwargs, again, num_particles, linked)
+
+    def _runs(
+        self, args: Any, kwargs: Any, plan: "_Plan", num_particles: int, linked: bool
+    ) -> list[Run]:
+        at_once = num_particles if plan.vectorize else 1
         rows = poutine.Trace()  # Of subsampled plates: all particles see the same.
         return [
-            self._run(args, kwargs, at_once, linked, rows) for _ in range(num_particles // at_once)
+            self._run(args, kwargs, at_once, plan.nesting, linked, rows)
+            for _ in range(num_particles // at_once)
         ]
 
     def _run(
-        self, args: Any, kwargs: Any, num_particles: int, linked: bool, rows: poutine.Trace
+        self,
+        args: Any,
+        kwargs: Any,
+        num_particles: int,
+        nesting: int,
+        linked: bool,
+        rows: poutine.Trace,
     ) -> Run:
         model, guide = self.model, self.guide
         if num_particles > 1:
             model, guide = (
-                pyro.plate(_PARTICLES, num_particles, dim=-1 - self.nesting)(program)
+                pyro.plate(_PARTICLES, num_particles, dim=-1 - nesting)(program)
                 for program in (model, guide)
             )
         links = Links() if linked else None
@@ -199,7 +244,7 @@ class Runner:
         traces = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
         self._check_latents(*traces)
         model, guide = (partial(program, *args, **kwargs) for program in (self.model, self.guide))
-        return Run(*traces, num_particles, self.nesting, model, guide, links)
+        return Run(*traces, num_particles, nesting, model, guide, links)
 
     def _check_latents(self, guide_trace: poutine.Trace, model_trace: poutine.Trace) -> None:
         """A program may sample other latents than it did at the first look."""
@@ -237,7 +282,7 @@ class Runner:
                 return poutine.replay(of, trace=fixed)(*args, **kwargs)
 
             return VectorisedProgram(
-                bound, role, plates, self.nesting, self._where, pair.latent_shapes
+                bound, role, plates, pair.max_plate_nesting, self._where, pair.latent_shapes
             )
 
         if not pair.guide_sites:
@@ -304,16 +349,30 @@ def _score_flows(guide_trace: poutine.Trace) -> None:
             site["unscaled_log_prob"] = site["fn"].log_prob(site["value"])
 
 
+def _form(args: Any, kwargs: Any) -> Any:
+    """What of the arguments may decide which sites there are: not numbers, nor sizes."""
+    leaves, tree = tree_flatten((args, kwargs))
+    return str(tree), tuple(
+        leaf.dim() if isinstance(leaf, torch.Tensor) else (type(leaf), leaf is None or leaf is True)
+        for leaf in leaves
+    )
+
+
 def _structure(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> frozenset[Any]:
-    """What the checks of a pair look at: sites, kinds of distributions and plates, not sizes."""
+    """What the checks of a pair look at: sites, kinds of distributions and plates, not sizes.
+
+    Sites that a loop numbers count as one.
+    """
     return frozenset(
         (
             role,
-            name,
+            name.rstrip("0123456789"),
             site["is_observed"],
             type(layers(site["fn"])[-1]),
             getattr(site["fn"], "has_rsample", None),
-            frozenset((f.name, f.dim) for f in frames(site) if f.name != _PARTICLES),
+            frozenset(
+                (f.name.rstrip("0123456789"), f.dim) for f in frames(site) if f.name != _PARTICLES
+            ),
         )
         for role, trace in (("guide", guide_trace), ("model", model_trace))
         for name, site in sites_of(trace, is_random).items()

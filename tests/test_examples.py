@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ["beta_vae.py", "compare.py", "iwae.py", "vae_mnist.py"]
+EXAMPLES = [
+    "beta_vae.py",
+    "compare.py",
+    "disentangle.py",
+    "hierarchical.py",
+    "iwae.py",
+    "priors.py",
+    "vae_mnist.py",
+]
 
 
 def files_of_the_checkout() -> set[Path]:

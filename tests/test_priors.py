@@ -810,7 +810,7 @@ class TestHierarchicalPrior:
 def test_a_flow_of_bounded_noise_is_refused() -> None:
     """Outside its noise it has no density, to which training would move the codes."""
     zuko = import_zuko()
-    match = "FlowPrior: expected a flow over all real codes for site 'z', got one whose noise"
+    match = "FlowPrior: expected a flow over all real codes for site 'z', got one that, or whose"
     with pytest.raises(ValueError, match=match):
         FlowPrior(1, zuko.flows.NCSF(1, transforms=2))
 
@@ -867,3 +867,27 @@ def test_the_top_of_a_hierarchy_has_a_site_of_its_own() -> None:
     network = NormalEncoder(MLP(2, [], 4))
     with pytest.raises(ValueError, match=r"another for top, got \['z1'\] and 'z1'"):
         HierarchicalPrior(StandardNormalPrior(2, site="z1"), [network])
+
+
+@pytest.mark.parametrize("make", [lambda: FlowPrior(2, [transforms.affine_coupling(2)])])
+def test_a_users_module_around_a_prior_can_be_copied(make: Any) -> None:
+    class Mine(pyro.nn.PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prior = make()
+
+    mine = Mine()
+    again = copy.deepcopy(mine)
+    for name, parameter in mine.named_parameters():
+        assert torch.equal(dict(again.named_parameters())[name], parameter)
+
+
+def test_a_module_that_makes_bounded_codes_is_refused() -> None:
+    class Bounded(nn.Module):
+        def forward(self) -> Any:
+            return torch.distributions.Independent(
+                torch.distributions.Beta(torch.ones(2), torch.ones(2)), 1
+            )
+
+    with pytest.raises(ValueError, match="expected a flow over all real codes for site 'z'"):
+        FlowPrior(2, Bounded())

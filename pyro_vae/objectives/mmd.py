@@ -124,14 +124,13 @@ class TraceMMD_ELBO(CodeObjective):
                 f"{float(self.divergence)}. Elsewhere a divergence would be maximised; 0 and 1 "
                 "give the ELBO."
             )
-        self._is_ancestral: dict[tuple[str, ...], bool] = {}
+        self._dependent = set[str]()  # Latents of the model that follow others in some batch.
 
     def _check_codes(self, codes: Codes, terms: Terms) -> None:
         _require_pairs(codes)
         require_densities(codes.runs[0], codes.names, "TraceMMD_ELBO")
         (run,) = codes.runs
-        dependent = dependent_latents(run.model, run.model_trace)
-        self._is_ancestral[codes.names] = not dependent.isdisjoint(codes.names)
+        self._dependent |= dependent_latents(run.model, run.model_trace)
 
     def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         codes = self._codes(runs, terms.scales)
@@ -145,7 +144,7 @@ class TraceMMD_ELBO(CodeObjective):
     def _prior(self, codes: Codes) -> torch.Tensor:
         """Codes of the prior for the rows of the batch, ``(num_particles or 1, batch, D)``."""
         with torch.no_grad():
-            if not self._is_ancestral[codes.names]:
+            if self._dependent.isdisjoint(codes.names):
                 return codes.collect(lambda site: site["fn"].sample(), "model")
             first = codes.runs[0]
             # In eval mode: codes of the prior are no training data for a batch norm.

@@ -165,5 +165,5 @@ def _log_prob(site: Site) -> torch.Tensor:
         raise ValueError(
             f"TraceIWAE_ELBO: expected a density at any value of site '{site['name']}', got a flow "
             "that has no inverse in Pyro. Use one that has, such as affine_autoregressive, or "
-            "estimator='standard'."
+            "estimator='standard' with partial=False."
         ) from err
