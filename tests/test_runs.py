@@ -501,3 +501,25 @@ def test_programs_that_change_on_the_same_arguments() -> None:
         fresh = mean_loss(TraceIWAE_ELBO(3), (model, guide), x)
         mean_loss(objective, (model, guide), x)
         assert mean_loss(objective, (model, guide), x) == fresh
+
+
+def test_latents_that_come_and_go_by_themselves() -> None:
+    """A look after the failed run finds nothing wrong, so the run's own message is raised."""
+    calls = [0]
+
+    def model(x: torch.Tensor) -> None:
+        calls[0] += 1
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if calls[0] % 2 == 0:
+                pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    x = torch.randn(3)
+    known = runner(model, guide, x, vectorize=False)
+    with pytest.raises(ValueError, match="expected the same latents in model and guide, .*'w'"):
+        known.runs((x,), {}, num_particles=1)
