@@ -32,11 +32,9 @@ from pyro_vae.traces import (
     sites_of,
     subsampling,
 )
-from pyro_vae.vectorised import NotFixedError, VectorisedProgram
+from pyro_vae.vectorised import PARTICLES, NotFixedError, VectorisedProgram
 
 __all__ = ["Run", "Runner"]
-
-_PARTICLES = "_pyro_vae_particles"
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Run:
 
     def plates(self, site: Site) -> frozenset[Plate]:
         """The plates around a site, that of the particles not counted."""
-        return frozenset(f for f in frames(site) if f.name != _PARTICLES)
+        return frozenset(f for f in frames(site) if f.name != PARTICLES)
 
     def spread(self, values: torch.Tensor, site: Site, event_dim: int = 0) -> torch.Tensor:
         """``values`` with every dimension spelled out: ``(num, *plates, *event)``.
@@ -225,7 +223,7 @@ class Runner:
         model, guide = self.model, self.guide
         if num_particles > 1:
             model, guide = (
-                pyro.plate(_PARTICLES, num_particles, dim=-1 - nesting)(program)
+                pyro.plate(PARTICLES, num_particles, dim=-1 - nesting)(program)
                 for program in (model, guide)
             )
         links = Links() if linked else None
@@ -371,7 +369,7 @@ def _structure(guide_trace: poutine.Trace, model_trace: poutine.Trace) -> frozen
             type(layers(site["fn"])[-1]),
             getattr(site["fn"], "has_rsample", None),
             frozenset(
-                (f.name.rstrip("0123456789"), f.dim) for f in frames(site) if f.name != _PARTICLES
+                (f.name.rstrip("0123456789"), f.dim) for f in frames(site) if f.name != PARTICLES
             ),
         )
         for role, trace in (("guide", guide_trace), ("model", model_trace))

@@ -26,6 +26,7 @@ __all__ = [
     "layers",
     "mask_of",
     "masked",
+    "masks_elements",
     "plates_over_data",
     "site_log_prob",
     "sites_of",
@@ -106,6 +107,14 @@ def mask_of(site: Site) -> torch.Tensor | None:
         if mask is not None and mask is not True
     ]
     return reduce(torch.logical_and, tensors) if tensors else None
+
+
+def masks_elements(site: Site) -> bool:
+    """Whether the distribution of a site has a mask over the elements of its events."""
+    fn = site["fn"]
+    return any(
+        isinstance(f, MaskedDistribution) and f.event_dim != fn.event_dim for f in layers(fn)
+    )
 
 
 def masked(log_prob: torch.Tensor, mask: torch.Tensor | bool | None) -> torch.Tensor:

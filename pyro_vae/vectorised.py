@@ -28,12 +28,13 @@ from pyro_vae.traces import (
     sites_of,
 )
 
-__all__ = ["NotFixedError", "Values", "VectorisedProgram"]
+__all__ = ["PARTICLES", "NotFixedError", "Values", "VectorisedProgram", "check_support"]
 
 Values = dict[str, torch.Tensor]
 """Latent values by site, ``(num, *plates, *event)`` with every plate dimension spelled out."""
 
-_PLATE = "_pyro_vae_particles"
+PARTICLES = "_pyro_vae_particles"
+"""Name of the plate over particles."""
 
 
 class VectorisedProgram:
@@ -109,7 +110,7 @@ class VectorisedProgram:
         if self._broadcasts is None:
             self.score(values, num)  # Compares all at once with one by one.
         if self._broadcasts:
-            plate = pyro.plate(_PLATE, num, dim=-1 - self._nesting)
+            plate = pyro.plate(PARTICLES, num, dim=-1 - self._nesting)
             return self._infer_discrete(values, plate)
         draws = [self._infer_discrete(self._particle(values, k)) for k in range(num)]
         return {name: torch.cat([v[name] for v in draws]) for name in self._enumerated}
@@ -144,7 +145,7 @@ class VectorisedProgram:
         }
 
     def _trace_all(self, num: int, values: Values | None = None) -> poutine.Trace:
-        with pyro.plate(_PLATE, num, dim=-1 - self._nesting):
+        with pyro.plate(PARTICLES, num, dim=-1 - self._nesting):
             return self._trace(values)
 
     def _trace(self, values: Values | None) -> poutine.Trace:
@@ -189,7 +190,7 @@ class VectorisedProgram:
     def _log_density(self, trace: poutine.Trace, particles: tuple[int, ...]) -> torch.Tensor:
         if self._role == "model":
             for site in sites_of(trace, is_latent).values():
-                self._check_support(site)
+                check_support(self._where, site)
         if self._enumerated:
             return self._marginal_log_density(trace, particles)
         total: torch.Tensor | float = 0.0
@@ -221,7 +222,7 @@ class VectorisedProgram:
             )
             wide = with_dims(factor.to(torch.float64), factor._pyro_dims)
             factors.setdefault(frozenset(around), []).append(wide)
-        keep = [*self._plates.names, *([_PLATE] if particles else [])]
+        keep = [*self._plates.names, *([PARTICLES] if particles else [])]
         symbols = [
             site["infer"].get("_enumerate_symbol") for site in sites_of(trace, is_random).values()
         ]
@@ -234,21 +235,6 @@ class VectorisedProgram:
         total = packed.unpack(total, trace.symbol_to_dim)
         total = self._plates.sum_others(total, leading=len(particles))
         return total.reshape([*particles, *self._plates.sizes])
-
-    def _check_support(self, site: Site) -> None:
-        """Validation is off in the chunks; torch then returns finite densities outside."""
-        support = support_of(site["fn"])
-        base = support
-        while isinstance(base, constraints.independent):
-            base = base.base_constraint
-        if base in (None, constraints.real):
-            return
-        if not support.check(site["value"]).all():
-            raise OutsideSupportError(
-                f"{self._where}: expected the guide to sample site '{site['name']}' in the "
-                f"support {support} of the model, got values outside it. Use a guide "
-                "distribution with the same support."
-            )
 
     def _agrees(self, values: Values, log_density: torch.Tensor) -> bool:
         """Compares the first and last particle with the program run on each alone."""
@@ -296,3 +282,22 @@ class OutsideSupportError(ValueError):
 
 class NotFixedError(ValueError):
     """A program has two densities at the same latents."""
+
+
+def check_support(where: str, site: Site) -> None:
+    """Raises if the guide's value at a latent of the model has no density there.
+
+    Where validation is off, torch returns finite densities outside the support.
+    """
+    support = support_of(site["fn"])
+    base = support
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if base in (None, constraints.real):
+        return
+    if not support.check(site["value"]).all():
+        raise OutsideSupportError(
+            f"{where}: expected the guide to sample site '{site['name']}' in the support "
+            f"{support} of the model, got values outside it. Use a guide distribution with the "
+            "same support."
+        )

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution, TorchDistribution
+from pyro.distributions import TorchDistribution
 
 from pyro_vae.checks import check_arguments, explained, refuse_subsampling
 from pyro_vae.dependence import dependent_latents
 from pyro_vae.handlers import stop_after
-from pyro_vae.traces import Site, frames, is_latent, layers, sites_of
+from pyro_vae.traces import Site, frames, is_latent, mask_of, masks_elements, sites_of
 
 __all__ = ["CodeSite"]
 
@@ -101,19 +101,15 @@ class CodeSite:
             )
 
     def _kept(self, site: Site) -> torch.Tensor:
-        fn, masks = site["fn"], [True if site["mask"] is None else site["mask"]]
-        for layer in layers(fn):
-            if isinstance(layer, MaskedDistribution):
-                if layer.event_dim != fn.event_dim:
-                    raise ValueError(
-                        f"{self._where}: expected a mask over whole codes at site '{self.name}' "
-                        f"of the {self._role}, got one over their dimensions. Apply .mask(...) "
-                        "after .to_event(...)."
-                    )
-                masks.append(layer._mask)
-        kept = torch.ones(fn.batch_shape, dtype=torch.bool, device=site["value"].device)
-        for mask in masks:
-            kept = kept & torch.as_tensor(mask, device=kept.device)
+        if masks_elements(site):
+            raise ValueError(
+                f"{self._where}: expected a mask over whole codes at site '{self.name}' "
+                f"of the {self._role}, got one over their dimensions. Apply .mask(...) "
+                "after .to_event(...)."
+            )
+        kept = torch.ones(site["fn"].batch_shape, dtype=torch.bool, device=site["value"].device)
+        if (mask := mask_of(site)) is not None:
+            kept = kept & mask
         if not kept.any():
             raise ValueError(
                 f"{self._where}: expected at least one row of data at site '{self.name}' of the "

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution
 
 from pyro_vae.dependence import dependent_latents
 from pyro_vae.objectives.objective import TermsObjective
@@ -13,7 +11,7 @@ from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.scales import Scales
 from pyro_vae.terms import Terms, data_plates_of
-from pyro_vae.traces import Plate, Site, is_latent, layers, sites_of
+from pyro_vae.traces import Plate, Site, is_latent, mask_of, masks_elements, sites_of
 
 __all__ = ["CodeObjective", "Codes", "require_fixed_by_data", "rows"]
 
@@ -99,10 +97,12 @@ class Codes:
         shape = [1] * runs[0].nesting
         shape[plate.dim] = plate.size
         weights = (like.new_ones(shape) * scales.of_data).reshape(plate.size)
-        masks = [m for name in names for m in _masks(runs[0], name)]
+        traces = runs[0].guide_trace, runs[0].model_trace
+        sites: list[Site] = [trace.nodes[name] for trace in traces for name in names]
+        masks = [(site, mask) for site in sites if (mask := mask_of(site)) is not None]
         for site, mask in masks:
-            present = runs[0].spread(torch.as_tensor(mask, device=like.device), site)
-            weights = weights * rows(present, plate).all(2).all(0)
+            present = rows(runs[0].spread(mask, site), plate)
+            weights = weights * present.all(2).all(0)
         return Codes(runs, names, plate, weights, bool(masks))
 
     def collect(
@@ -179,19 +179,6 @@ def _sites_in_plate(run: Run, scales: Scales) -> list[str]:
     ]
 
 
-def _masks(run: Run, name: str) -> list[tuple[Site, Any]]:
-    """The masks at a latent, around the site and inside its distribution, in both programs."""
-    sites = run.guide_trace.nodes[name], run.model_trace.nodes[name]
-    around = [(s, s["mask"]) for s in sites if s["mask"] is not None and s["mask"] is not True]
-    inside = [
-        (site, layer._mask)
-        for site in sites
-        for layer in layers(site["fn"])
-        if isinstance(layer, MaskedDistribution)
-    ]
-    return around + inside
-
-
 def _check_sites(sites: tuple[str, ...] | None, known: list[str], plate: Plate, where: str) -> None:
     if not known:
         raise ValueError(
@@ -213,10 +200,8 @@ def _check_whole(run: Run, name: str, terms: Terms, where: str) -> None:
             f"along a plate. Subsample the data only, or leave '{name}' out of sites."
         )
     sites: list[Site] = [run.guide_trace.nodes[name], run.model_trace.nodes[name]]
-    for site in sites:
-        for layer in layers(site["fn"]):
-            if isinstance(layer, MaskedDistribution) and layer.event_dim != site["fn"].event_dim:
-                raise ValueError(
-                    f"{where}: expected a mask over whole codes at site '{name}', got one over "
-                    "their dimensions. Apply .mask(...) after .to_event(...)."
-                )
+    if any(map(masks_elements, sites)):
+        raise ValueError(
+            f"{where}: expected a mask over whole codes at site '{name}', got one over "
+            "their dimensions. Apply .mask(...) after .to_event(...)."
+        )
