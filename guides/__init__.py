@@ -5,6 +5,8 @@ from pyro_vae.guides.gaussian_mixture import ExactGaussianMixture
 from pyro_vae.guides.hierarchical import AmortizedBottomUp, AmortizedLadder
 from pyro_vae.guides.linear_gaussian import ExactLinearGaussian
 from pyro_vae.guides.mixture import AmortizedMixture
+from pyro_vae.guides.multimodal import AmortizedSet, ProductOfExperts
+from pyro_vae.guides.multimodal_mixtures import MixtureOfExperts, MixtureOfProducts
 from pyro_vae.guides.vae import AmortizedMultivariateNormal, AmortizedNormal
 
 __all__ = [
@@ -14,6 +16,10 @@ __all__ = [
     "AmortizedMixture",
     "AmortizedMultivariateNormal",
     "AmortizedNormal",
+    "AmortizedSet",
     "ExactGaussianMixture",
     "ExactLinearGaussian",
+    "MixtureOfExperts",
+    "MixtureOfProducts",
+    "ProductOfExperts",
 ]

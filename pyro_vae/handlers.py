@@ -8,19 +8,131 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK
+from torch.distributions import constraints, transform_to
 
+from pyro_vae.checks import support_of
 from pyro_vae.isolation import Evaluating
 from pyro_vae.schedules import Weight, weight_of
-from pyro_vae.traces import is_latent
+from pyro_vae.traces import is_latent, is_observed
 
 __all__ = [
+    "MaskMissingMessenger",
     "ReplayValuesMessenger",
     "ScaleKLMessenger",
     "StopAfterMessenger",
+    "mask_missing",
     "replay_values",
     "scale_kl",
     "stop_after",
 ]
+
+
+class MaskMissingMessenger(Messenger):
+    """The handler behind :func:`mask_missing`."""
+
+    def __init__(self, present: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, mask in present.items():
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise TypeError(
+                    f"mask_missing: expected a bool tensor for site '{name}', got {got}. "
+                    "It says in which rows the site was observed."
+                )
+        self._present = present
+        self._observed: list[str] = []
+
+    def __enter__(self) -> Any:
+        self._observed = []
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> Any:
+        unknown = [name for name in self._present if name not in self._observed]
+        if unknown and exception == (None, None, None):
+            super().__exit__(*exception)
+            raise ValueError(
+                f"mask_missing: expected observed sites among {self._observed}, got "
+                f"'{unknown[0]}'. Name the sites that the program observes."
+            )
+        return super().__exit__(*exception)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_observed(msg):
+            return
+        self._observed.append(msg["name"])
+        mask = self._present.get(msg["name"])
+        if mask is None:
+            return
+        msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
+        value, event_dim = msg["value"], msg["fn"].event_dim
+        shape = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
+        value = value.expand(shape + value.shape[value.dim() - event_dim :])
+        mask = mask.reshape(mask.shape + (1,) * event_dim)
+        msg["value"] = torch.where(mask, value, _legal(msg["fn"], value))
+
+
+def mask_missing(
+    fn: Callable[..., Any] | None = None, present: Mapping[str, torch.Tensor] | None = None
+) -> Any:
+    """Says row by row which observed sites of ``fn`` were observed.
+
+    A missing value has no part in the density: its site is masked there. What stands in its
+    place, NaN for instance, is never looked at, and the data are not changed. Like Pyro's own
+    handlers it is a wrapper, a decorator and a context manager.
+
+    Args:
+        fn: A model.
+        present: By observed site, bool, in the site's batch dimensions: ``(batch,)`` for a
+            single plate over the data. Other sites are left alone.
+
+    Returns:
+        The wrapped ``fn``, or the handler when ``fn`` is not given.
+
+    Raises:
+        TypeError: If a mask is not a bool tensor.
+        ValueError: After running, if ``present`` names a site that ``fn`` does not observe.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro import poutine
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        >>> x = torch.tensor([0.0, float("nan")])
+        >>> seen = mask_missing(model, {"x": torch.tensor([True, False])})
+        >>> trace = poutine.trace(seen).get_trace(x)
+        >>> trace.compute_log_prob()
+        >>> trace.nodes["x"]["log_prob"]
+        tensor([-0.9189,  0.0000])
+    """
+    if present is None:
+        raise TypeError(
+            "mask_missing: expected masks by site, got None. Call mask_missing(fn, present)."
+        )
+    handler = MaskMissingMessenger(present)
+    return handler if fn is None else handler(fn)
+
+
+def _legal(fn: Any, value: torch.Tensor) -> torch.Tensor:
+    """A value with a finite density, of the shape of ``value``, wherever the support tells one.
+
+    A mask alone does not do: where the density of a missing value is NaN, so are its gradients.
+    """
+    support = support_of(fn)
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.one_hot:
+        first = torch.zeros_like(value)
+        first[..., 0] = 1
+        return first
+    if support is None or support.is_discrete:
+        return torch.zeros_like(value) + getattr(support, "lower_bound", 0)
+    try:
+        legal: torch.Tensor = transform_to(support)(torch.zeros_like(value))
+    except NotImplementedError:
+        return value
+    return legal
 
 
 class ReplayValuesMessenger(Messenger):

@@ -22,6 +22,7 @@ from pyro_vae.traces import (
     is_random,
     mask_of,
     sites_of,
+    without_hidden,
 )
 
 __all__ = ["Pair", "common_plates", "data_plates", "refuse_point_mass", "trace_pair"]
@@ -98,6 +99,7 @@ def trace_pair(model: Any, guide: Any, args: Any, kwargs: Any, where: str) -> Pa
                 model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         except _ShapeMismatch as err:
             raise ValueError(str(err)) from None
+    model_trace = without_hidden(model_trace, guide_trace.nodes)
     for trace in (guide_trace, model_trace):
         for name, site in sites_of(trace, is_random).items():
             _check_batch_shape(name, site, where)

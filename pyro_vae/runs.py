@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from pyro_vae.isolation import same_random_numbers_again, without_side_effects
 from pyro_vae.links import Links
 from pyro_vae.pairs import Pair, common_plates, trace_pair
+from pyro_vae.strata import Strata
 from pyro_vae.traces import (
     Plate,
     Site,
@@ -31,6 +32,7 @@ from pyro_vae.traces import (
     mask_of,
     sites_of,
     subsampling,
+    without_hidden,
 )
 from pyro_vae.vectorised import PARTICLES, NotFixedError, VectorisedProgram
 
@@ -177,9 +179,17 @@ class Runner:
         return plan
 
     def runs(
-        self, args: Any, kwargs: Any, *, num_particles: int | None = None, linked: bool = False
+        self,
+        args: Any,
+        kwargs: Any,
+        *,
+        num_particles: int | None = None,
+        linked: bool = False,
+        stratified: bool = False,
     ) -> list[Run]:
         """Runs both programs on all particles, or on so many, in one go or one at a time.
+
+        Under ``stratified`` they are spread over the components of a mixture guide.
 
         A latent may be observed in some batches only, and a plate may come and go. So arguments
         of a new form are looked at first, and programs that turn out otherwise than before are
@@ -187,29 +197,39 @@ class Runner:
         """
         num_particles = num_particles or self._num_particles
         plan = self._plans.get(_form(args, kwargs)) or self._look(args, kwargs)
+        how = num_particles, linked, stratified
         try:
-            runs = self._runs(args, kwargs, plan, num_particles, linked)
+            runs = self._runs(args, kwargs, plan, *how)
         except Exception:
             again = self._look(args, kwargs)
             if again.fits(plan):
                 raise
-            return self._runs(args, kwargs, again, num_particles, linked)
+            return self._runs(args, kwargs, again, *how)
         if _structure(runs[0].guide_trace, runs[0].model_trace) in plan.structures:
             return runs
         again = self._look(args, kwargs)
         if again.fits(plan):
             return runs
-        return self._runs(args, kwargs, again, num_particles, linked)
+        return self._runs(args, kwargs, again, *how)
 
     def _runs(
-        self, args: Any, kwargs: Any, plan: "_Plan", num_particles: int, linked: bool
+        self,
+        args: Any,
+        kwargs: Any,
+        plan: "_Plan",
+        num_particles: int,
+        linked: bool,
+        stratified: bool,
     ) -> list[Run]:
         at_once = num_particles if plan.vectorize else 1
         rows = poutine.Trace()  # Of subsampled plates: all particles see the same.
-        return [
-            self._run(args, kwargs, at_once, plan.nesting, linked, rows)
-            for _ in range(num_particles // at_once)
-        ]
+        strata = Strata(num_particles, -1 - plan.nesting) if stratified else None
+        runs = []
+        for first in range(0, num_particles, at_once):
+            if strata is not None:
+                strata.first = first
+            runs.append(self._run(args, kwargs, at_once, plan.nesting, linked, rows, strata))
+        return runs
 
     def _run(
         self,
@@ -219,6 +239,7 @@ class Runner:
         nesting: int,
         linked: bool,
         rows: poutine.Trace,
+        strata: Strata | None,
     ) -> Run:
         model, guide = self.model, self.guide
         if num_particles > 1:
@@ -228,7 +249,7 @@ class Runner:
             )
         links = Links() if linked else None
         with poutine.replay(trace=rows):
-            with links or nullcontext():
+            with links or nullcontext(), strata or nullcontext():
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             if not linked:
                 _score_flows(guide_trace)
@@ -237,6 +258,7 @@ class Runner:
                 given.nodes[name] = {**given.nodes[name], "value": value}
             replayed = poutine.replay(model, trace=given)
             model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        model_trace = without_hidden(model_trace, guide_trace.nodes)
         for trace in (guide_trace, model_trace):
             rows.nodes.update(sites_of(trace, site_is_subsample))
         traces = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)

@@ -31,6 +31,7 @@ __all__ = [
     "site_log_prob",
     "sites_of",
     "subsampling",
+    "without_hidden",
 ]
 
 Site = Any
@@ -70,6 +71,20 @@ def is_point_mass(fn: Any) -> bool:
 def sites_of(trace: poutine.Trace, kind: Any) -> dict[str, Site]:
     """The sites of ``trace`` for which ``kind`` holds, in the order of execution."""
     return {name: site for name, site in trace.nodes.items() if kind(site)}
+
+
+def without_hidden(trace: poutine.Trace, keep: Iterable[str]) -> poutine.Trace:
+    """A model's trace without latents that a mask hides everywhere, but for those to keep.
+
+    They are drawn for their own sake, as a modality that is to be generated: they have no part
+    in the density, and a guide needs no site for them.
+    """
+    kept = set(keep)
+    result = trace.copy()
+    for name, site in sites_of(trace, is_latent).items():
+        if site["mask"] is False and name not in kept:
+            result.remove_node(name)
+    return result
 
 
 def site_log_prob(site: Site) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from pyro_vae.checks import support_of
 from pyro_vae.elimination import ExactLogRing, with_dims
 from pyro_vae.handlers import replay_values
+from pyro_vae.strata import Strata
 from pyro_vae.traces import (
     DataPlates,
     Site,
@@ -83,14 +84,18 @@ class VectorisedProgram:
         """Whether it takes all particles at once; ``None`` before that is known."""
         return self._broadcasts
 
-    def draw(self, num: int, given: Values | None = None) -> tuple[Values, torch.Tensor]:
+    def draw(
+        self, num: int, given: Values | None = None, *, strata: Strata | None = None
+    ) -> tuple[Values, torch.Tensor]:
         """Samples ``num`` particles: their values and log-densities ``(num, *data)``, nats.
 
-        Latents in ``given`` keep their values there.
+        Latents in ``given`` keep their values there. Under ``strata`` particles are spread over
+        the components of a mixture.
         """
         if self._broadcasts is not False:
             try:
-                trace = self._trace_all(num, given)
+                with strata or nullcontext():
+                    trace = self._trace_all(num, given)
                 sites = sites_of(trace, is_latent)
                 values = {name: site["value"] for name, site in sites.items()}
                 # A transformed site (a Delta) follows from the others, up to rounding.
@@ -101,7 +106,12 @@ class VectorisedProgram:
             else:
                 if self._broadcasts or self._agrees(random, log_density):
                     return values, log_density
-        draws = [self._draw_one(given, k) for k in range(num)]
+        draws = []
+        for k in range(num):
+            if strata is not None:
+                strata.first = k
+            with strata or nullcontext():
+                draws.append(self._draw_one(given, k))
         values = {name: torch.stack([v[name] for v, _ in draws]) for name in draws[0][0]}
         return values, torch.stack([log_density for _, log_density in draws])
 

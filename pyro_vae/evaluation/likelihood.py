@@ -88,7 +88,7 @@ def importance_weighted_log_likelihood(
         if chunk_size is None:
             default = _CHUNK_BYTES.get(pair.device.type, _CHUNK_BYTES_ACCELERATOR)
             chunk_size = particles.chunk_size_within(chunk_bytes or default)
-        sums = LogWeightSums(plates.sizes, num_particles, pair.device)
+        sums = LogWeightSums(plates.sizes, num_particles, pair.device, block=particles.block)
         for log_weights in particles.log_weights(num_particles, chunk_size):
             sums.add(log_weights)
     return LogLikelihoodEstimate(

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_vae.dependence import dependent_latents
 from pyro_vae.pairs import Pair
+from pyro_vae.strata import Strata, can_stratify, stratified_sample
 from pyro_vae.traces import (
     DataPlates,
     is_observed,
@@ -33,6 +34,10 @@ class Particles:
         pair: A checked execution of both.
         plates: Their data plates.
         where: The function that asks, for the messages.
+
+    Attributes:
+        block: How many particles are drawn together, in proportion to the components of the
+            guide's first mixture; 1 where they are independent.
     """
 
     def __init__(self, pair: Pair, plates: DataPlates, where: str) -> None:
@@ -43,6 +48,9 @@ class Particles:
         self._sites = pair.guide_sites
         self._nesting, self._plates, self._where = nesting, plates, where
         self.device = pair.device
+        mixtures = [name for name, site in self._sites.items() if can_stratify(site["fn"])]
+        self._mixture = mixtures[0] if mixtures else None
+        self.block = _BLOCK if mixtures else 1
         # Whether no distribution of the guide depends on another latent; a factor may on any.
         has_factor = bool(sites_of(pair.guide_trace, is_observed))
         self._factorises = not has_factor and (
@@ -90,14 +98,16 @@ class Particles:
         if not self._sites:  # All latents of the model are summed out.
             return {}, torch.zeros(num, *self._plates.sizes, device=self.device)
         if not self._factorises:
-            return self._guide.draw(num)
+            strata = Strata(num, -1 - self._nesting) if self._mixture else None
+            return self._guide.draw(num, strata=strata)
         # The distributions do not depend on one another's values: the encoder's first and only
         # run has given them all.
         values: Values = {}
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, site in self._sites.items():
             fn = site["fn"]
-            value = fn.sample(torch.Size([num]))
+            stratified = name == self._mixture
+            value = stratified_sample(fn, num) if stratified else fn.sample(torch.Size([num]))
             log_prob = masked(fn.log_prob(value), site["mask"])
             missing = (1,) * (self._nesting - len(fn.batch_shape))
             values[name] = value.reshape(num, *missing, *value.shape[1:])

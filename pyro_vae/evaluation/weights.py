@@ -22,12 +22,21 @@ class LogWeightSums:
         shape: Shape of the data.
         num_particles: How many weights will arrive in all.
         device: Device of the sums, which are float64.
+        block: How many weights in a row were drawn together, in proportion to the components of
+            a mixture. Those depend on one another, so that the standard error is that of the
+            blocks.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], num_particles: int, device: torch.device | str = "cpu"
+        self,
+        shape: tuple[int, ...],
+        num_particles: int,
+        device: torch.device | str = "cpu",
+        *,
+        block: int = 1,
     ) -> None:
         self.num_particles = num_particles
+        self._block, self._blocks = block, list[torch.Tensor]()
         minus_inf = torch.full(shape, -math.inf, dtype=torch.float64, device=device)
         self._log_sum = minus_inf
         self._log_sum_of_squares = minus_inf
@@ -45,15 +54,26 @@ class LogWeightSums:
             largest = log_weights.amax(0)
             self._reference = torch.where(largest.isfinite(), largest, self._reference)
         log_weights = log_weights - self._reference
-        self.count += len(log_weights)
         self._log_sum = torch.logaddexp(self._log_sum, log_weights.logsumexp(0))
         self._log_sum_of_squares = torch.logaddexp(
             self._log_sum_of_squares, (2 * log_weights).logsumexp(0)
         )
         self._sum_of_logs = self._sum_of_logs + log_weights.sum(0)
+        if self._block > 1:
+            self._add_blocks(log_weights)
         candidates = torch.cat([self._largest, log_weights])
         num_kept = min(len(candidates), tail_length(self.num_particles) + 1)
         self._largest = candidates.topk(num_kept, dim=0).values
+        self.count += len(log_weights)
+
+    def _add_blocks(self, log_weights: torch.Tensor) -> None:
+        """Log-sums of the blocks, whatever chunks they arrive in."""
+        is_open = self.count % self._block
+        first = self._block - is_open if is_open else 0
+        head, rest = log_weights[:first], log_weights[first:]
+        if len(head):
+            self._blocks[-1] = torch.logaddexp(self._blocks[-1], head.logsumexp(0))
+        self._blocks += [part.logsumexp(0) for part in rest.split(self._block) if len(part)]
 
     @property
     def log_mean(self) -> torch.Tensor:
@@ -75,9 +95,21 @@ class LogWeightSums:
         """Monte-Carlo standard error of ``log_mean`` by the delta method; NaN for one weight."""
         if self.count == 1:
             return torch.full_like(self._log_sum, math.nan)
+        if len(self._blocks) > 1:
+            return self._error_of_blocks()
         # Sample variance of w over its squared mean; rounding can take it just below zero.
         relative = (1 / self.effective_sample_size - 1 / self.count).clamp(min=0.0)
         return (relative * self.count / (self.count - 1)).sqrt()
+
+    def _error_of_blocks(self) -> torch.Tensor:
+        """The same from the sums of the blocks, the last of which may be shorter."""
+        num = len(self._blocks)
+        sizes = self._log_sum.new_full((num,), self._block)
+        sizes[-1] = self.count - self._block * (num - 1)
+        share = (torch.stack(self._blocks) - self._log_sum).exp()  # Of the sum of all weights.
+        share = share.nan_to_num(nan=0.0)  # No weight anywhere.
+        expected = (sizes / self.count).reshape((num,) + (1,) * self._log_sum.dim())
+        return ((share - expected).square().sum(0) * num / (num - 1)).sqrt()
 
     @property
     def pareto_k(self) -> torch.Tensor:

@@ -48,6 +48,13 @@ class TraceIWAE_ELBO(Objective):
         num_groups: M independent bounds of K particles each, averaged (MIWAE).
         partial: Whether the model is trained by the one bound over all M K particles, while the
             guide is by the average of the M (PIWAE); that one is then the reported bound.
+        stratified: Whether particles are spread over the components of a mixture guide in
+            proportion, in their order, rather than by chance: with as many groups as experts,
+            each group has one expert's particles (MMVAE), with one group all of them stand in one
+            bound. Only of the guide's first mixture, and where its weights are not learnt.
+            Values, and gradients by "standard", keep their expectation; the doubly
+            reparameterised gradient assumes independent particles, so that "dreg" is then
+            slightly biased, as in the paper.
         elbo_weight: Weight in [0, 1] of the ELBO of the same particles, the rest being that of
             the importance-weighted bound (CIWAE); a number, a 0-d tensor or a schedule.
         vectorize_particles: Whether to run the particles at once in an outermost plate; by
@@ -75,7 +82,9 @@ class TraceIWAE_ELBO(Objective):
         Rainforth et al. (2018), Tighter variational bounds are not necessarily better,
         section 4, https://arxiv.org/abs/1802.04537;
         Mnih and Rezende (2016), Variational inference for Monte Carlo objectives,
-        https://arxiv.org/abs/1602.06725.
+        https://arxiv.org/abs/1602.06725;
+        Shi et al. (2019), Variational mixture-of-experts autoencoders for multi-modal deep
+        generative models, equations 3 and 5, https://arxiv.org/abs/1911.03393.
     """
 
     def __init__(
@@ -85,6 +94,7 @@ class TraceIWAE_ELBO(Objective):
         *,
         num_groups: int = 1,
         partial: bool = False,
+        stratified: bool = False,
         elbo_weight: Weight = 0.0,
         vectorize_particles: bool | None = None,
         retain_graph: bool | None = None,
@@ -103,7 +113,13 @@ class TraceIWAE_ELBO(Objective):
                 "TraceIWAE_ELBO: expected num_particles >= 2 for estimator='vimco', got 1. Each "
                 "particle is compared with the others of its group."
             )
+        if estimator == "vimco" and stratified:
+            raise ValueError(
+                "TraceIWAE_ELBO: expected independent particles for estimator='vimco', got "
+                "stratified=True. Each particle is a control variate for the others."
+            )
         self.estimator, self.num_groups, self.partial = estimator, num_groups, partial
+        self.stratified = stratified
         self.elbo_weight = check_weight("TraceIWAE_ELBO", "elbo_weight", elbo_weight)
         if self.elbo_weight > 1:
             raise ValueError(
@@ -114,6 +130,10 @@ class TraceIWAE_ELBO(Objective):
     @property
     def _linked(self) -> bool:
         return self.partial or self.estimator in ("stl", "dreg")
+
+    @property
+    def _stratified(self) -> bool:
+        return self.stratified
 
     @property
     def _total_particles(self) -> int:

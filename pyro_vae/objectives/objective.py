@@ -74,6 +74,11 @@ class Objective(ELBO):
         return False
 
     @property
+    def _stratified(self) -> bool:
+        """Whether particles are spread over the components of a mixture guide in proportion."""
+        return False
+
+    @property
     def _total_particles(self) -> int:
         return self.num_particles
 
@@ -97,7 +102,9 @@ class Objective(ELBO):
                 check=self._check,
             )
             self._runner = known
-        return known.runs(args, kwargs, linked=training and self._linked)
+        return known.runs(
+            args, kwargs, linked=training and self._linked, stratified=self._stratified
+        )
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The negative bound, nats, summed over all data."""
