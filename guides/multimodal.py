@@ -163,10 +163,10 @@ class ProductOfExperts(_Multimodal):
         loc, scale, there = self._experts(seen)
         if not self.with_prior:
             there = _without_prior(there)
-        log_weight = self.log_weights
-        if log_weight is not None:
+        weights, log_weight = self.log_weights, None
+        if weights is not None:  # 0 for the prior.
             rows = [self.modalities.index(m) for m in seen.values]
-            log_weight = torch.cat([log_weight[rows], torch.zeros_like(log_weight[:1])])
+            log_weight = torch.cat([weights[rows], torch.zeros_like(weights[:1])])
         loc, scale = product_of_normals(loc, scale, there, log_weight=log_weight)
         return dist.Normal(loc, scale).to_event(1)
 

@@ -104,9 +104,8 @@ class MultimodalVAE(Program):
         self.likelihoods = nn.ModuleDict({n: _as_module(likelihoods[n]) for n in decoders})
         self.prior = prior
         # Of Pyro's kind, so that parameters of a prior are named after this program.
-        self.private = PyroModule[nn.ModuleDict](
-            {n: _private_prior(n, p) for n, p in _known(private, decoders, "private").items()}
-        )
+        priors = {n: _private_prior(n, p) for n, p in _known(private, decoders, "private").items()}
+        self.private: Any = PyroModule[nn.ModuleDict](priors)  # type: ignore[arg-type]
         self.weights = {
             n: weight_of(where, f"weights['{n}']", weight)
             for n, weight in _known(weights, decoders, "weights").items()
