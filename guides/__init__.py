@@ -3,6 +3,7 @@
 from pyro_vae.guides.flow import AmortizedFlow
 from pyro_vae.guides.gaussian_mixture import ExactGaussianMixture
 from pyro_vae.guides.hierarchical import AmortizedBottomUp, AmortizedLadder
+from pyro_vae.guides.interplay import AmortizedInterplay
 from pyro_vae.guides.linear_gaussian import ExactLinearGaussian
 from pyro_vae.guides.mixture import AmortizedMixture
 from pyro_vae.guides.multimodal import AmortizedSet, ProductOfExperts
@@ -12,6 +13,7 @@ from pyro_vae.guides.vae import AmortizedMultivariateNormal, AmortizedNormal
 __all__ = [
     "AmortizedBottomUp",
     "AmortizedFlow",
+    "AmortizedInterplay",
     "AmortizedLadder",
     "AmortizedMixture",
     "AmortizedMultivariateNormal",

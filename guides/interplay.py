@@ -7,9 +7,9 @@ import pyro
 import torch
 from torch import nn
 
+from pyro_vae.interplay_prior import InterplayPrior
 from pyro_vae.interplay_sites import sample_interplay
 from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of
-from pyro_vae.models.interplay import InterplayPrior
 from pyro_vae.program import Program
 
 __all__ = ["AmortizedInterplay"]

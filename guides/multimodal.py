@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.experts import product_of_normals
-from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of
+from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of, where_seen
 from pyro_vae.nets import NormalEncoder
 from pyro_vae.program import Program
 
@@ -60,7 +60,8 @@ class _Multimodal(Program):
         seen = observed_of(type(self).__name__, self.modalities, batch, present)
         private = self.private
         with pyro.plate("data", seen.num_rows):
-            code: torch.Tensor = pyro.sample(self.site, self._posterior(seen))
+            with where_seen(seen.anything):
+                code: torch.Tensor = pyro.sample(self.site, self._posterior(seen))
             for modality in private:
                 if modality not in seen.values:
                     continue
@@ -69,7 +70,8 @@ class _Multimodal(Program):
                 if seen.masks[modality] is not None:  # Elsewhere the prior.
                     there = seen.mask(modality).unsqueeze(-1)
                     loc, scale = torch.where(there, loc, 0.0), torch.where(there, scale, 1.0)
-                pyro.sample(f"w_{modality}", dist.Normal(loc, scale).to_event(1))
+                with where_seen(seen.masks[modality]):
+                    pyro.sample(f"w_{modality}", dist.Normal(loc, scale).to_event(1))
         return code
 
     def _experts(self, seen: Observed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,7 +83,8 @@ class _Multimodal(Program):
         """
         networks = self.networks
         normals = [self._expert(m, networks[m], seen).base_dist for m in seen.values]
-        first = normals[0].loc if normals else next(networks.parameters())
+        nothing = torch.zeros((), device=seen.device)
+        first = normals[0].loc if normals else next(networks.parameters(), nothing)
         standard = first.new_zeros(seen.num_rows, self.latent_dim)
         always = torch.ones(seen.num_rows, dtype=torch.bool, device=seen.device)
         return (
@@ -217,7 +220,7 @@ class AmortizedSet(_Multimodal):
     def _posterior(self, seen: Observed) -> TorchDistribution:
         networks, head = self.networks, self.head
         anything = torch.zeros(seen.num_rows, 1, dtype=torch.bool, device=seen.device)
-        like = next(head.parameters())
+        like = next(head.parameters(), torch.zeros((), device=seen.device))
         loc = like.new_zeros(seen.num_rows, self.latent_dim)
         scale = torch.ones_like(loc)
         total = None

@@ -142,13 +142,13 @@ class MixtureOfProducts(_Multimodal):
         return _mixture(*product_of_normals(loc, scale, members), anyone)
 
     def _subsets_of(self, seen: Observed) -> torch.Tensor:
-        """Different non-empty subsets of the modalities seen, ``(S, M)``."""
+        """What is left of the subsets among the modalities seen, where anything is: ``(S, M)``."""
         if self.subsets is None:
             rows = list(product([False, True], repeat=len(seen.values)))[1:]
             return torch.tensor(rows, dtype=torch.bool, device=seen.device)
         columns = [self.modalities.index(m) for m in seen.values]
         subsets = self.subsets[:, columns].to(seen.device)
-        return subsets[subsets.any(-1)].unique(dim=0)
+        return subsets[subsets.any(-1)]
 
 
 def _mixture(loc: torch.Tensor, scale: torch.Tensor, there: torch.Tensor) -> TorchDistribution:

@@ -2,8 +2,16 @@
 
 from pyro_vae.models.gaussian_mixture import GaussianMixture
 from pyro_vae.models.hierarchical import HierarchicalVAE
+from pyro_vae.models.interplay import InterplayVAE
 from pyro_vae.models.linear_gaussian import LinearGaussian
 from pyro_vae.models.multimodal import MultimodalVAE
 from pyro_vae.models.vae import VAE
 
-__all__ = ["VAE", "GaussianMixture", "HierarchicalVAE", "LinearGaussian", "MultimodalVAE"]
+__all__ = [
+    "VAE",
+    "GaussianMixture",
+    "HierarchicalVAE",
+    "InterplayVAE",
+    "LinearGaussian",
+    "MultimodalVAE",
+]

@@ -17,7 +17,7 @@ from torch import nn
 
 from pyro_vae.checks import check_data, check_values
 from pyro_vae.handlers import MaskMissingMessenger
-from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of
+from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of, where_seen
 from pyro_vae.priors import StandardNormalPrior
 from pyro_vae.program import Program
 from pyro_vae.schedules import Weight, weight_of
@@ -35,10 +35,11 @@ class MultimodalVAE(Program):
     What is not observed has no part in the density: log p of a batch is that of the observed
     modalities of each row. There are three ways to say so. A modality without a key in
     ``batch`` is left out. One whose value is ``None`` is not observed either, but drawn from the
-    model, which is how it is generated. And ``present`` says it row by row; whatever stands in
-    the batch in those rows, NaN for instance, is never looked at.
+    model, which is how it is generated; train without it. And ``present`` says it row by row;
+    whatever stands in the batch in those rows, NaN for instance, is never looked at.
 
-    A row with nothing observed adds nothing to an ELBO, and its latents are those of the prior.
+    A row with nothing observed adds nothing to a bound or its gradient: its latents, and the
+    private ones of a modality it lacks, are masked in model and guide.
 
     Args:
         decoders: By modality, a network from codes ``(*sample, batch, dim)`` to
@@ -64,7 +65,7 @@ class MultimodalVAE(Program):
         >>> from pyro_vae.nets import MLP
         >>> vae = MultimodalVAE(
         ...     {"image": MLP(2, [16], 64), "label": MLP(2, [16], 10)},
-        ...     {"image": Bernoulli(), "label": Categorical()},
+        ...     {"image": Bernoulli(), "label": Categorical(event_dim=0)},
         ...     StandardNormalPrior(2),
         ... )
         >>> images = torch.zeros(5, 64)
@@ -124,13 +125,17 @@ class MultimodalVAE(Program):
         decoders, likelihoods, private = self.decoders, self.likelihoods, self.private
         values = {}
         with pyro.plate("data", seen.num_rows):
-            shared = self.prior()
+            with where_seen(seen.anything):
+                shared = self.prior()
             for name in self.modalities:
                 if name not in seen.values and name not in seen.unknown:
                     continue
                 # What is not observed has no density, and a guide needs no site for it.
                 with Messenger() if name in seen.values else poutine.mask(mask=False):
-                    code = _joined(shared, private[name]()) if name in private else shared
+                    code = shared
+                    if name in private:
+                        with where_seen(seen.masks.get(name)):
+                            code = _joined(shared, private[name]())
                     fn = likelihoods[name](decoders[name](code))
                     values[name] = self._sample(name, fn, seen)
         return values

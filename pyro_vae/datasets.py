@@ -1,16 +1,30 @@
-"""Data in memory: bundled digits and sprites, MNIST through torchvision, batches."""
+"""Data in memory: bundled digits and sprites, MNIST and SVHN through torchvision, batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_vae.checks import check_at_least
+from pyro_vae.paired_data import drop_modalities, pair_by_class
 from pyro_vae.sprites import load_sprites
 
-__all__ = ["Batches", "binarize", "load_digits", "load_mnist", "load_sprites"]
+__all__ = [
+    "Batches",
+    "binarize",
+    "drop_modalities",
+    "load_digits",
+    "load_mnist",
+    "load_sprites",
+    "load_svhn",
+    "pair_by_class",
+]
 
 Split = tuple[torch.Tensor, torch.Tensor]
+Data = torch.Tensor | Mapping[str, torch.Tensor]
 
 DIGITS_GREY_LEVELS = 17
 """Grey levels of the 8x8 digits, 0 ... 16."""
@@ -107,6 +121,55 @@ def load_mnist(
     return splits[0], splits[1]
 
 
+def load_svhn(
+    root: str | Path, *, download: bool = False, flatten: bool = False
+) -> tuple[Split, Split]:
+    """Street View House Numbers, cropped digits in colour, from a folder in torchvision's layout.
+
+    73,257 images to train and 26,032 to test; the "extra" ones are left out.
+
+    Args:
+        root: Folder that holds ``train_32x32.mat`` and ``test_32x32.mat``.
+        download: Whether to fetch what is missing or broken.
+        flatten: Images as rows ``(N, 3072)``, else ``(N, 3, 32, 32)``.
+
+    Returns:
+        ``((x_train, y_train), (x_test, y_test))``: red, green and blue values in [0, 1] of the
+        default dtype, labels 0 ... 9 of int64 (the files call the digit 0 class 10).
+
+    Raises:
+        FileNotFoundError: If a file is not there and ``download`` is false.
+        ValueError: If a file is not the published one, by its MD5 checksum.
+
+    References:
+        Netzer et al. (2011), Reading digits in natural images with unsupervised feature learning,
+        http://ufldl.stanford.edu/housenumbers
+    """
+    from torchvision.datasets import SVHN
+
+    splits = []
+    for split in ("train", "test"):
+        path = Path(root) / SVHN.split_list[split][1]
+        if not download and not path.is_file():
+            raise FileNotFoundError(
+                f"load_svhn: expected SVHN in {path}, got no such file. Pass download=True "
+                "(--download), or the folder that holds it."
+            )
+        try:
+            data = SVHN(root=str(root), split=split, download=download)
+        except RuntimeError as err:
+            if download:
+                raise
+            raise ValueError(
+                f"load_svhn: expected the published file of SVHN in {path}, got one with another "
+                "checksum, so a broken one. Pass download=True (--download) to fetch it again."
+            ) from err
+        # The reader turns the axes without moving the numbers; rows are to lie side by side.
+        images = torch.as_tensor(data.data).contiguous().to(torch.get_default_dtype()) / 255
+        splits.append((images.flatten(1) if flatten else images, torch.as_tensor(data.labels)))
+    return splits[0], splits[1]
+
+
 def binarize(x: torch.Tensor) -> torch.Tensor:
     """Draws each pixel from a Bernoulli with its grey value as probability.
 
@@ -129,49 +192,63 @@ def binarize(x: torch.Tensor) -> torch.Tensor:
 
 
 class Batches:
-    """Tensors in memory, in batches, shuffled anew each time they are walked.
+    """Data in memory, in batches, shuffled anew each time they are walked.
 
     Indexing whole batches is much faster than a loader that collects single rows.
 
     Args:
-        *tensors: Tensors with the same number of rows.
+        *data: Tensors, or mappings of tensors by name, all with the same number of rows.
         batch_size: Rows in a batch; the last one may be shorter.
         shuffle: Whether to shuffle, from torch's global generator.
-        transform: Applied to the first tensor of each batch, for instance :func:`binarize`.
+        transform: Applied to the first of ``data`` in each batch, for instance :func:`binarize`.
 
-    Yields: a tensor, or a tuple of tensors if there are several.
+    Yields: a tensor or a dictionary, or a tuple of them if there are several.
 
     Example:
         >>> batches = Batches(torch.arange(5.0), batch_size=2, shuffle=False)
         >>> len(batches), list(batches)
         (3, [tensor([0., 1.]), tensor([2., 3.]), tensor([4.])])
+        >>> pairs = {"image": torch.zeros(5, 64), "label": torch.arange(5)}
+        >>> present = drop_modalities(pairs, 0.5)
+        >>> batch, present_in_batch = next(iter(Batches(pairs, present, batch_size=2)))
+        >>> batch["image"].shape, present_in_batch["label"].shape
+        (torch.Size([2, 64]), torch.Size([2]))
     """
 
     def __init__(
         self,
-        *tensors: torch.Tensor,
+        *data: Data,
         batch_size: int,
         shuffle: bool = True,
-        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        transform: Callable[[Any], Any] | None = None,
     ) -> None:
         check_at_least("Batches", "batch_size", batch_size, 1)
-        lengths = [len(tensor) for tensor in tensors]
-        if not lengths or len(set(lengths)) > 1 or not lengths[0]:
+        parts = [dict(part) if isinstance(part, Mapping) else part for part in data]
+        tensors = tree_leaves(parts)
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor) or not tensor.dim():
+                what = "a number" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise TypeError(
+                    f"Batches: expected tensors with rows, or mappings of them, got {what}. "
+                    "Convert it with torch.as_tensor, or leave it out."
+                )
+        lengths = {len(tensor) for tensor in tensors}
+        if len(lengths) != 1 or 0 in lengths:
             raise ValueError(
                 f"Batches: expected tensors with the same number of rows, at least one, got "
-                f"{lengths}. Every row is one datum."
+                f"{tree_map(len, parts)}. Every row is one datum."
             )
-        self.tensors, self.batch_size = tensors, batch_size
+        self.data, self.batch_size = parts, batch_size
         self.shuffle, self.transform = shuffle, transform
+        self.num_rows, self.device = lengths.pop(), tensors[0].device
 
     def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch_size)
+        return -(-self.num_rows // self.batch_size)
 
-    def __iter__(self) -> Iterator[torch.Tensor | tuple[torch.Tensor, ...]]:
-        num_rows, device = len(self.tensors[0]), self.tensors[0].device
-        order = torch.randperm(num_rows) if self.shuffle else torch.arange(num_rows)
-        for rows in order.to(device).split(self.batch_size):
-            first, *others = (tensor[rows] for tensor in self.tensors)
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(self.num_rows) if self.shuffle else torch.arange(self.num_rows)
+        for rows in order.to(self.device).split(self.batch_size):
+            first, *others = tree_map(itemgetter(rows), self.data)
             if self.transform is not None:
                 first = self.transform(first)
             yield (first, *others) if others else first

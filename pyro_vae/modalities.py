@@ -2,14 +2,18 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
+from pyro.poutine.mask_messenger import MaskMessenger
+from pyro.poutine.messenger import Messenger
 from torch import nn
 
 from pyro_vae.checks import check_batch
 
-__all__ = ["Batch", "Observed", "Present", "modules_by_name", "observed_of"]
+__all__ = ["Batch", "Observed", "Present", "modules_by_name", "observed_of", "where_seen"]
 
 Batch = Mapping[str, torch.Tensor | None]
 """Data by modality, ``(batch, *event)`` each. A missing key or ``None``: not observed."""
@@ -44,6 +48,15 @@ class Observed:
         return torch.where(
             mask.reshape(mask.shape + (1,) * (value.dim() - 1)), value, value.new_zeros(())
         )
+
+    @property
+    def anything(self) -> torch.Tensor | None:
+        """Rows in which a modality is observed, ``(batch,)``; ``None`` for all of them."""
+        if any(mask is None for mask in self.masks.values()):
+            return None
+        nothing = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        masks = [mask for mask in self.masks.values() if mask is not None]
+        return reduce(or_, masks, nothing)
 
     def mask(self, name: str) -> torch.Tensor:
         """Rows in which a modality is observed, bool, ``(batch,)``."""
@@ -135,6 +148,11 @@ def _check_mask(where: str, name: str, mask: Any) -> None:
             f"{where}: expected present['{name}'] of shape (batch,) with at least one row, got "
             f"{tuple(mask.shape)}. It says for each row whether the modality is observed."
         )
+
+
+def where_seen(mask: torch.Tensor | None) -> Any:
+    """Hides latents in the rows that say nothing about them, on both sides alike."""
+    return Messenger() if mask is None else MaskMessenger(mask)  # type: ignore[arg-type]
 
 
 def modules_by_name(where: str, what: str, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:

@@ -13,6 +13,7 @@ from torch.distributions import Transform, constraints, transform_to
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.flows import ForeignFlow, TransformedNormal
+from pyro_vae.interplay_prior import InterplayPrior
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.prior_checks import (
     check_code,
@@ -28,6 +29,7 @@ __all__ = [
     "FlowPrior",
     "GaussianMixturePrior",
     "HierarchicalPrior",
+    "InterplayPrior",
     "StandardNormalPrior",
     "VampPrior",
 ]

@@ -223,7 +223,7 @@ class Runner:
     ) -> list[Run]:
         at_once = num_particles if plan.vectorize else 1
         rows = poutine.Trace()  # Of subsampled plates: all particles see the same.
-        strata = Strata(num_particles, -1 - plan.nesting) if stratified else None
+        strata = Strata(num_particles, -1 - plan.nesting, training=True) if stratified else None
         runs = []
         for first in range(0, num_particles, at_once):
             if strata is not None:

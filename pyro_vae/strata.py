@@ -20,25 +20,28 @@ class Strata(Messenger):
     Args:
         num_particles: How many particles there are in all.
         dim: Their dimension, negative, where several run at once.
+        training: Whether gradients are wanted, of which only a ``FixedNormalMixture`` keeps the
+            right ones.
 
     Attributes:
         first: Number of the first particle of the next run.
     """
 
-    def __init__(self, num_particles: int, dim: int) -> None:
+    def __init__(self, num_particles: int, dim: int, *, training: bool = False) -> None:
         super().__init__()
         self.first = 0
+        self._kind = FixedNormalMixture if training else MixtureSameFamily
         self._num_particles, self._dim = num_particles, dim
         self._offset: torch.Tensor | None = None
         self._site: str | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not is_latent(msg) or msg["done"] or not can_stratify(msg["fn"]):
+        fn, num = msg["fn"], self._num_particles
+        if not is_latent(msg) or msg["done"] or not isinstance(fn, self._kind):
             return
-        if self._site not in (None, msg["name"]):
+        if not can_stratify(fn) or self._site not in (None, msg["name"]):
             return
         self._site = msg["name"]
-        fn, num = msg["fn"], self._num_particles
         missing = -self._dim - len(fn.batch_shape)
         shape = (1,) * missing + fn.batch_shape
         at_once = shape[self._dim]

@@ -33,6 +33,8 @@ class Case:
         data_only: Whether the guide has no parameters of its own.
         observed: Name of the observed site.
         named: What the model's name in the param store starts with; its class by default.
+        given: From these data to the argument of both programs, which may be a mapping.
+        returned: From what the model returns to the data.
     """
 
     make: Callable[[], tuple[Any, Any]]
@@ -42,6 +44,11 @@ class Case:
     data_only: bool = False
     observed: str = "x"
     named: str | None = None
+    given: Callable[[torch.Tensor], Any] = field(default=lambda x: x)
+    returned: Callable[[Any], torch.Tensor] = field(default=lambda x: x)
+
+    def traced(self, program: Any, x: torch.Tensor) -> poutine.Trace:
+        return traced(program, self.given(x))
 
     def elbo(self) -> Any:
         return TraceEnum_ELBO(max_plate_nesting=1) if self.discrete else Trace_ELBO()
@@ -90,7 +97,7 @@ class ProgramContract:
 
     @pytest.mark.parametrize("num_rows", [1, BATCH])
     def test_sites_plate_and_shapes(self, case: Case, program: Any, num_rows: int) -> None:
-        trace = traced(program, case.make_x(num_rows))
+        trace = case.traced(program, case.make_x(num_rows))
         assert "data" in trace.nodes
         sites = latent_sites(trace)
         assert set(sites) == set(case.latents)
@@ -104,14 +111,14 @@ class ProgramContract:
     def test_the_batch_is_not_changed(self, case: Case, program: Any) -> None:
         x = case.make_x(BATCH)
         before = x.clone()
-        traced(program, x)
+        case.traced(program, x)
         assert torch.equal(x, before)
 
     def test_parameters_are_named_after_the_program(self, case: Case, program: Any) -> None:
         name = program._pyro_name
         named = case.named if self.program_index == 0 else None
         assert name.startswith(named or type(program).__name__)
-        traced(program, case.make_x(BATCH))
+        case.traced(program, case.make_x(BATCH))
         for parameter in pyro.get_param_store().keys():  # noqa: SIM118 - not a dict
             assert parameter.startswith(f"{name}.")
 
@@ -120,12 +127,12 @@ class ProgramContract:
         model, guide = case.make()
         fresh = case.make()
         x = case.make_x(BATCH)
-        trace = traced(guide, x)
+        trace = case.traced(guide, x)
 
         def log_density(model: Any, guide: Any) -> torch.Tensor:
             pyro.clear_param_store()
-            log_p = traced(poutine.replay(model, trace=trace), x).log_prob_sum()
-            log_q = traced(poutine.replay(guide, trace=trace), x).log_prob_sum()
+            log_p = case.traced(poutine.replay(model, trace=trace), x).log_prob_sum()
+            log_q = case.traced(poutine.replay(guide, trace=trace), x).log_prob_sum()
             return torch.stack([log_p, log_q]).detach()
 
         expected = log_density(model, guide)
@@ -145,7 +152,7 @@ class ProgramContract:
     def test_every_parameter_gets_a_gradient(self, case: Case, pair: tuple[Any, Any]) -> None:
         """From its own objective, without help of the other side."""
         model, guide = pair
-        case.elbo().differentiable_loss(model, guide, case.make_x(BATCH)).backward()
+        case.elbo().differentiable_loss(model, guide, case.given(case.make_x(BATCH))).backward()
         program = pair[self.program_index]
         parameters = dict(program.named_parameters())
         assert parameters or (case.data_only and self.program_index == 1)
@@ -160,8 +167,8 @@ class ProgramContract:
         for model, guide in (case.make(), case.make()):
             before = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
             svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), case.elbo())
-            svi.step(x)
-            svi.step(x)
+            svi.step(case.given(x))
+            svi.step(case.given(x))
             after = [*model.parameters(), *guide.parameters()]
             for old, new in zip(before, after, strict=True):
                 assert not torch.equal(old, new)
@@ -171,12 +178,14 @@ class ProgramContract:
 
     @pytest.mark.parametrize("shape", [(), (0, 3)])
     def test_data_that_are_no_batch(self, case: Case, program: Any, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match="expected x of shape|expected at least one row|width"):
-            program(torch.zeros(shape))
+        match = r"expected (x|batch\[.*\]) of shape|expected at least one row|width"
+        with pytest.raises(ValueError, match=match):
+            program(case.given(torch.zeros(shape)))
 
     def test_an_empty_batch(self, case: Case, program: Any) -> None:
-        with pytest.raises(ValueError, match="expected at least one row in x, got an empty batch"):
-            program(case.make_x(BATCH)[:0])
+        match = r"expected at least one row in (x|batch\[.*\]), got an empty batch"
+        with pytest.raises(ValueError, match=match):
+            program(case.given(case.make_x(BATCH)[:0]))
 
 
 class ModelContract(ProgramContract):
@@ -186,7 +195,7 @@ class ModelContract(ProgramContract):
 
     def test_it_observes_the_data(self, case: Case, program: Any) -> None:
         x = case.make_x(BATCH)
-        site = traced(program, x).nodes[case.observed]
+        site = case.traced(program, x).nodes[case.observed]
         assert site["is_observed"]
         assert site["value"] is x
         assert site["log_prob"].shape == (BATCH,)
@@ -195,19 +204,19 @@ class ModelContract(ProgramContract):
 
     def test_it_returns_the_data(self, case: Case, program: Any) -> None:
         x = case.make_x(BATCH)
-        assert program(x) is x
+        assert case.returned(program(case.given(x))) is x
 
     def test_unconditioned_it_generates_data(self, case: Case, program: Any) -> None:
         x = case.make_x(BATCH)
-        generated = poutine.uncondition(program)(x)
+        generated = case.returned(poutine.uncondition(program)(case.given(x)))
         assert generated.shape == x.shape
         assert not torch.equal(generated, x)
 
     def test_it_uses_the_replayed_latents(self, case: Case, pair: tuple[Any, Any]) -> None:
         model, guide = pair
         x = case.make_x(BATCH)
-        guide_trace = traced(guide, x)
-        trace = traced(poutine.replay(model, trace=guide_trace), x)
+        guide_trace = case.traced(guide, x)
+        trace = case.traced(poutine.replay(model, trace=guide_trace), x)
         for name in case.latents:
             assert trace.nodes[name]["value"] is guide_trace.nodes[name]["value"]
 
@@ -215,7 +224,7 @@ class ModelContract(ProgramContract):
     def test_particles_at_once_and_one_by_one(self, case: Case, num_rows: int) -> None:
         model, guide = case.make()
         x, num_particles = case.make_x(num_rows), 3
-        values = [latent_sites(traced(guide, x)) for _ in range(num_particles)]
+        values = [latent_sites(case.traced(guide, x)) for _ in range(num_particles)]
         stacked = poutine.Trace()
         for name in case.latents:
             value = torch.stack([sites[name]["value"] for sites in values])
@@ -223,12 +232,12 @@ class ModelContract(ProgramContract):
                 name, name=name, type="sample", is_observed=False, value=value, infer={}
             )
         with pyro.plate("particles", num_particles, dim=-2):
-            at_once = traced(poutine.replay(model, trace=stacked), x)
+            at_once = case.traced(poutine.replay(model, trace=stacked), x)
         for k in range(num_particles):
             single = poutine.Trace()
             for name, site in values[k].items():
                 single.add_node(name, **site)
-            alone = traced(poutine.replay(model, trace=single), x)
+            alone = case.traced(poutine.replay(model, trace=single), x)
             for name in (*case.latents, case.observed):
                 torch.testing.assert_close(
                     at_once.nodes[name]["log_prob"][k], alone.nodes[name]["log_prob"]
@@ -238,11 +247,11 @@ class ModelContract(ProgramContract):
         """The density of a row does not depend on the rows beside it."""
         model, guide = pair
         x = case.make_x(BATCH)
-        latents = latent_sites(traced(guide, x))
+        latents = latent_sites(case.traced(guide, x))
 
         def run(rows: torch.Tensor) -> torch.Tensor:
             given = {name: site["value"][rows] for name, site in latents.items()}
-            trace = traced(poutine.condition(model, data=given), x[rows])
+            trace = case.traced(poutine.condition(model, data=given), x[rows])
             return trace.nodes[case.observed]["log_prob"]
 
         rows = torch.tensor([3, 1])
@@ -252,7 +261,7 @@ class ModelContract(ProgramContract):
         """All at once, hence without a warning, and with finite numbers."""
         model, guide = pair
         estimate = importance_weighted_log_likelihood(
-            model, guide, case.make_x(BATCH), num_particles=20, chunk_size=7
+            model, guide, case.given(case.make_x(BATCH)), num_particles=20, chunk_size=7
         )
         assert estimate.log_likelihood.shape == (BATCH,)
         assert estimate.log_likelihood.isfinite().all()
@@ -267,28 +276,33 @@ class GuideContract(ProgramContract):
     def test_it_samples_what_the_model_wants(self, case: Case, pair: tuple[Any, Any]) -> None:
         model, guide = pair
         x = case.make_x(BATCH)
-        assert set(latent_sites(traced(guide, x))) == set(latent_sites(traced(model, x)))
+        assert (
+            latent_sites(case.traced(guide, x)).keys() == latent_sites(case.traced(model, x)).keys()
+        )
 
     def test_it_observes_nothing(self, case: Case, program: Any) -> None:
-        nodes = traced(program, case.make_x(BATCH)).nodes.values()
+        nodes = case.traced(program, case.make_x(BATCH)).nodes.values()
         assert not [site for site in nodes if site["type"] == "sample" and site["is_observed"]]
 
     def test_it_returns_its_sample(self, case: Case, program: Any) -> None:
-        trace = traced(program, case.make_x(BATCH))
+        trace = case.traced(program, case.make_x(BATCH))
         name = next(iter(case.latents))
-        assert trace.nodes["_RETURN"]["value"] is trace.nodes[name]["value"]
+        returned = trace.nodes["_RETURN"]["value"]
+        if isinstance(returned, dict):  # By modality, where each has latents of its own.
+            returned = returned[name.removeprefix("z_")]
+        assert returned is trace.nodes[name]["value"]
 
     def test_it_depends_on_the_data(self, case: Case, program: Any) -> None:
         x = case.make_x(BATCH)
-        trace = traced(program, x)
-        moved = traced(poutine.replay(program, trace=trace), x + 1)
+        trace = case.traced(program, x)
+        moved = case.traced(poutine.replay(program, trace=trace), x + 1)
         assert (log_density(case, trace) - log_density(case, moved)).abs().min() > 1e-6
 
     def test_rows_are_independent(self, case: Case, program: Any) -> None:
         x, rows = case.make_x(BATCH), torch.tensor([3, 1])
-        trace = traced(program, x)
+        trace = case.traced(program, x)
         values = {name: trace.nodes[name]["value"][rows] for name in case.latents}
-        part = traced(poutine.condition(program, data=values), x[rows])
+        part = case.traced(poutine.condition(program, data=values), x[rows])
         for name in case.latents:
             torch.testing.assert_close(
                 part.nodes[name]["log_prob"], trace.nodes[name]["log_prob"][rows]
@@ -299,14 +313,14 @@ class GuideContract(ProgramContract):
     ) -> None:
         x = case.make_x(BATCH)
         with pyro.plate("particles", 3, dim=-2):
-            trace = traced(program, x)
+            trace = case.traced(program, x)
         values = {name: trace.nodes[name]["value"] for name in case.latents}
         for name, value in values.items():
             assert value.shape == (3, BATCH, *case.latents[name])
             assert len(value.flatten(1).unique(dim=0)) > 1  # particles differ
         for k in range(3):
             given = {name: value[k] for name, value in values.items()}
-            alone = traced(poutine.condition(program, data=given), x)
+            alone = case.traced(poutine.condition(program, data=given), x)
             for name in case.latents:
                 torch.testing.assert_close(
                     alone.nodes[name]["log_prob"], trace.nodes[name]["log_prob"][k]
@@ -315,14 +329,14 @@ class GuideContract(ProgramContract):
     def test_its_density_is_normalised(self, case: Case, program: Any) -> None:
         """E_q[p / q] = 1 for any density p, here another guide's of the same latents."""
         x = case.make_x(1)
-        fn = traced(program, x).nodes[next(iter(case.latents))]["fn"]
+        fn = case.traced(program, x).nodes[next(iter(case.latents))]["fn"]
         if fn.has_enumerate_support:
             total = fn.log_prob(fn.enumerate_support()).logsumexp(0).exp()
             torch.testing.assert_close(total, torch.ones_like(total))
             return
         num = 20_000
         with torch.no_grad(), pyro.plate("particles", num, dim=-2):
-            trace = traced(program, x)
+            trace = case.traced(program, x)
         # A normal with the same mean and half of the spread, so that the weights are bounded.
         flat = torch.cat([trace.nodes[n]["value"].reshape(num, -1) for n in case.latents], -1)
         cov = torch.atleast_2d(flat.T.cov()) / 4

@@ -1,16 +1,20 @@
-"""Digits, MNIST's files, binarisation and batches."""
+"""Digits, the files of MNIST and SVHN, binarisation and batches."""
 
 import gzip
+import hashlib
 import random
 import struct
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from sklearn import datasets as sklearn_datasets
+from torchvision.datasets import SVHN
 
-from pyro_vae.datasets import Batches, binarize, load_digits, load_mnist
+from pyro_vae.datasets import Batches, binarize, load_digits, load_mnist, load_svhn
 
 # Digits.
 
@@ -181,6 +185,100 @@ def test_mnist_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_mnist(tmp_path, download=True)
 
 
+# SVHN.
+
+SVHN_LABELS = {"train": [1, 9, 10, 10, 2], "test": [10, 3]}
+
+
+def svhn_pixels(split: str) -> np.ndarray:
+    """As in the file: row, column, colour, image."""
+    shape = (32, 32, 3, len(SVHN_LABELS[split]))
+    return np.random.default_rng(len(split)).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_svhn(root: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file of the published format, which torchvision then takes for the published one."""
+    url, name, _ = SVHN.split_list[split]
+    labels = np.array(SVHN_LABELS[split], dtype=np.uint8).reshape(-1, 1)
+    scipy.io.savemat(root / name, {"X": svhn_pixels(split), "y": labels}, do_compression=True)
+    checksum = hashlib.md5((root / name).read_bytes()).hexdigest()
+    monkeypatch.setitem(SVHN.split_list, split, [url, name, checksum])
+
+
+@pytest.fixture
+def svhn_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for split in SVHN_LABELS:
+        write_svhn(tmp_path, split, monkeypatch)
+    return tmp_path
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_svhn_files(svhn_root: Path, as_text: bool) -> None:
+    train, test = load_svhn(str(svhn_root) if as_text else svhn_root)
+    for split, (x, y) in zip(SVHN_LABELS, (train, test), strict=True):
+        assert x.shape == (len(SVHN_LABELS[split]), 3, 32, 32)
+        assert x.dtype == torch.get_default_dtype()
+        assert x.is_contiguous()
+        torch.testing.assert_close(
+            x * 255, torch.as_tensor(svhn_pixels(split)).double().permute(3, 2, 0, 1)
+        )
+        assert x.max() == 1.0
+        assert y.dtype == torch.int64
+        assert y.tolist() == [label % 10 for label in SVHN_LABELS[split]]  # The digit 0 is 10.
+
+
+def test_svhn_as_rows(svhn_root: Path) -> None:
+    (x, _), (x_test, _) = load_svhn(svhn_root, flatten=True)
+    (images, _), _ = load_svhn(svhn_root)
+    assert x_test.shape == (2, 3 * 32 * 32)
+    assert torch.equal(x, images.reshape(len(images), -1))
+
+
+@pytest.mark.parametrize("split", SVHN_LABELS)
+def test_svhn_that_is_not_there(svhn_root: Path, split: str) -> None:
+    name = SVHN.split_list[split][1]
+    (svhn_root / name).unlink()
+    message = f"load_svhn: expected SVHN in .*{name}, got no such file. Pass download=True"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_svhn(svhn_root)
+    assert len(list(svhn_root.iterdir())) == 1
+
+
+@pytest.mark.parametrize("split", SVHN_LABELS)
+@pytest.mark.parametrize("left", [0, 500])
+def test_svhn_file_cut_short(svhn_root: Path, split: str, left: int) -> None:
+    path = svhn_root / SVHN.split_list[split][1]
+    path.write_bytes(path.read_bytes()[:left])
+    message = f"expected the published file of SVHN in .*{path.name}, got one with another check"
+    with pytest.raises(ValueError, match=message):
+        load_svhn(svhn_root)
+
+
+def test_svhn_file_of_another_origin(svhn_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # The true checksums: our small files are readable, but not SVHN.
+    with pytest.raises(ValueError, match="got one with another checksum, so a broken one. Pass"):
+        load_svhn(svhn_root)
+
+
+def test_svhn_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(self: SVHN) -> None:
+        write_svhn(Path(self.root), self.split, monkeypatch)
+        self.file_md5 = SVHN.split_list[self.split][2]
+
+    monkeypatch.setattr("torchvision.datasets.SVHN.download", download)
+    (x, _), (x_test, _) = load_svhn(tmp_path, download=True)
+    assert (len(x), len(x_test)) == (5, 2)
+
+
+def test_svhn_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object) -> None:
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr("torchvision.datasets.SVHN.download", fails)
+    with pytest.raises(RuntimeError, match="^File not found or corrupted.$"):
+        load_svhn(tmp_path, download=True)
+
+
 # Binarisation.
 
 
@@ -250,6 +348,72 @@ def test_transform_is_fresh_in_every_batch_and_for_the_first_tensor_only() -> No
 def test_batches_of_one_tensor_are_tensors() -> None:
     (batch,) = Batches(torch.zeros(2, 1), batch_size=2)
     assert isinstance(batch, torch.Tensor)
+
+
+def test_batches_of_one_mapping_are_dictionaries() -> None:
+    x = torch.arange(10.0)
+    data = MappingProxyType({"image": x.unsqueeze(-1).expand(-1, 2), "label": x.long() + 100})
+    batches = Batches(data, batch_size=4)
+    assert len(batches) == 3
+    seen = []
+    for batch in batches:
+        assert type(batch) is dict
+        assert list(batch) == ["image", "label"]
+        assert torch.equal(batch["image"][:, 1].long() + 100, batch["label"])
+        seen += batch["label"].tolist()
+    assert sorted(seen) == list(range(100, 110))
+    assert seen != sorted(seen)
+
+
+def test_mappings_and_tensors_stay_aligned() -> None:
+    x = torch.arange(10.0)
+    present = {"b": x % 2 == 0}  # A modality without a mask is present everywhere.
+    for batch, mask, row in Batches({"a": x, "b": -x}, present, x, batch_size=3):
+        assert list(mask) == ["b"]
+        assert torch.equal(batch["a"], row)
+        assert torch.equal(batch["b"], -row)
+        assert torch.equal(mask["b"], row % 2 == 0)
+
+
+def test_nothing_is_said_about_presence() -> None:
+    ((batch, present),) = Batches({"a": torch.zeros(3)}, {}, batch_size=3)
+    assert batch["a"].shape == (3,)
+    assert present == {}
+
+
+def test_transform_of_a_mapping() -> None:
+    data = {"a": torch.full((4,), 0.5), "b": torch.full((4,), 0.5)}
+
+    def transform(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch["a"] = binarize(batch["a"])
+        return batch
+
+    for batch, present in Batches(data, {"a": torch.ones(4)}, batch_size=2, transform=transform):
+        assert set(batch["a"].tolist()) <= {0.0, 1.0}
+        assert (batch["b"] == 0.5).all()
+        assert (present["a"] == 1).all()
+    assert (data["a"] == 0.5).all()
+
+
+def test_what_is_no_tensor_with_rows() -> None:
+    message = "Batches: expected tensors with rows, or mappings of them, got {}. Convert it"
+    with pytest.raises(TypeError, match=message.format("NoneType")):
+        Batches({"a": torch.zeros(3), "b": None}, batch_size=1)  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=message.format("ndarray")):
+        Batches(np.zeros(3), batch_size=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=message.format("a number")):
+        Batches(torch.zeros(()), batch_size=1)
+
+
+def test_rows_of_different_number_in_mappings() -> None:
+    message = r"Batches: expected tensors with the same number of rows, at least one, got {}"
+    data = {"a": torch.zeros(3), "b": torch.zeros(2)}
+    with pytest.raises(ValueError, match=message.format(r"\[{'a': 3, 'b': 2}\]")):
+        Batches(data, batch_size=1)
+    with pytest.raises(ValueError, match=message.format(r"\[{'a': 3}, 2\]")):
+        Batches({"a": data["a"]}, data["b"], batch_size=1)
+    with pytest.raises(ValueError, match=message.format(r"\[{}\]")):
+        Batches({}, batch_size=1)
 
 
 def test_rows_of_different_number() -> None:

@@ -12,8 +12,12 @@ EXAMPLES = [
     "beta_vae.py",
     "compare.py",
     "disentangle.py",
+    "experts.py",
     "hierarchical.py",
     "iwae.py",
+    "mnist_image_label.py",
+    "mnist_svhn.py",
+    "multimodal_digits.py",
     "priors.py",
     "vae_mnist.py",
 ]

@@ -266,6 +266,31 @@ def test_a_mapping_is_one_argument() -> None:
     assert len(svi.calls[0]) == 1
 
 
+def test_dictionaries_of_data_and_of_what_is_present() -> None:
+    """The least program of two modalities: its loss per datum, also of a short batch."""
+    x, y = torch.randn(7), torch.randn(7)
+    here = torch.tensor([True, True, False, True, False, True, True])
+    y[~here] = 1e3
+
+    def model(batch: dict[str, torch.Tensor], present: dict[str, torch.Tensor]) -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("rows", len(batch["left"])):
+            pyro.sample("left", dist.Normal(loc, 1.0), obs=batch["left"])
+            with poutine.mask(mask=present["right"]):
+                pyro.sample("right", dist.Normal(loc, 2.0), obs=batch["right"])
+
+    batches = Batches({"left": x, "right": y}, {"right": here}, batch_size=4)
+    svi = SVI(model, no_latents, sgd(0.0), Trace_ELBO())
+    history = fit(svi, batches, 2, validation=batches, progress=False)
+    left = dist.Normal(0.0, 1.0).log_prob(x).sum()
+    exact = -float(left + dist.Normal(0.0, 2.0).log_prob(y[here]).sum()) / 7
+    assert history.loss == pytest.approx([exact, exact], rel=1e-12)
+    assert history.validation_loss == pytest.approx([exact, exact], rel=1e-12)
+    fit(SVI(model, no_latents, sgd(), Trace_ELBO()), batches, 100, progress=False)
+    best = (x.sum() + y[here].sum() / 4) / (7 + int(here.sum()) / 4)
+    assert pyro.param("loc").item() == pytest.approx(float(best), abs=0.2)
+
+
 def test_an_object_with_step_and_evaluate_loss_is_enough() -> None:
     svi, x = Recorder(2.0, 4.0), torch.zeros(2, 1)
     history = fit(svi, [x], 2, validation=[x], progress=False)

@@ -13,16 +13,28 @@ from pyro_vae.flows import inverse_autoregressive, neural_spline
 from pyro_vae.guides import (
     AmortizedBottomUp,
     AmortizedFlow,
+    AmortizedInterplay,
     AmortizedLadder,
     AmortizedMixture,
     AmortizedMultivariateNormal,
     AmortizedNormal,
+    AmortizedSet,
     ExactGaussianMixture,
     ExactLinearGaussian,
+    MixtureOfExperts,
+    MixtureOfProducts,
+    ProductOfExperts,
 )
-from pyro_vae.models import VAE, GaussianMixture, HierarchicalVAE, LinearGaussian
+from pyro_vae.models import (
+    VAE,
+    GaussianMixture,
+    HierarchicalVAE,
+    InterplayVAE,
+    LinearGaussian,
+    MultimodalVAE,
+)
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
-from pyro_vae.priors import StandardNormalPrior
+from pyro_vae.priors import InterplayPrior, StandardNormalPrior
 
 
 def images(num_rows: int) -> torch.Tensor:
@@ -79,6 +91,42 @@ def ladder(dims: list[int]) -> tuple[VAE, AmortizedLadder]:
     return model, AmortizedLadder(model.prior, networks, [MLP(6, [], 2 * dim) for dim in dims])
 
 
+def multimodal(
+    kind: Any, *, private: bool = False, width: int = 4, **how: Any
+) -> tuple[MultimodalVAE, Any]:
+    """Two modalities; private latents of both, if any, are of one dimension."""
+    names = ("image", "sound")
+    model = MultimodalVAE(
+        {name: tanh_mlp(2 + private, [7], 4) for name in names},
+        {name: likelihoods.Normal(torch.ones(4), learn=True) for name in names},
+        StandardNormalPrior(2),
+        {name: 1 for name in names} if private else None,
+    )
+    networks, own = ({name: tanh_mlp(4, [7], w) for name in names} for w in (width, 2))
+    return model, kind(networks, 2, private=own if private else None, **how)
+
+
+def multimodal_case(*args: Any, **kwargs: Any) -> Case:
+    def both(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"image": x, "sound": x.flip(-1)}
+
+    latents = {"z": (2,)}
+    if kwargs.get("private"):
+        latents |= {"w_image": (1,), "w_sound": (1,)}
+    return Case(lambda: multimodal(*args, **kwargs), normal_x, latents=latents, given=both)
+
+
+def interplay(kind: Any) -> tuple[InterplayVAE, AmortizedInterplay]:
+    """Two modalities with latents of their own."""
+    dims = {"image": 2, "sound": 1}
+    prior = InterplayPrior(dims, kind)
+    decoders = {name: tanh_mlp(dim, [7], 4) for name, dim in dims.items()}
+    noise = {name: likelihoods.Normal(torch.ones(4), learn=True) for name in dims}
+    width = 1 if kind == "bernoulli" else 2
+    networks = {name: tanh_mlp(4, [7], width * dim) for name, dim in dims.items()}
+    return InterplayVAE(decoders, noise, prior), AmortizedInterplay(networks, prior)
+
+
 TWO = {"z1": (3,), "z2": (2,)}
 THREE = {"z1": (3,), "z2": (2,), "z3": (1,)}
 
@@ -109,6 +157,27 @@ CASES = {
     "AmortizedBottomUp, three layers": Case(lambda: bottom_up([3, 2, 1]), normal_x, latents=THREE),
     "AmortizedLadder, two layers": Case(lambda: ladder([3, 2]), normal_x, latents=TWO),
     "AmortizedLadder, three layers": Case(lambda: ladder([3, 2, 1]), normal_x, latents=THREE),
+    "ProductOfExperts": multimodal_case(ProductOfExperts),
+    "ProductOfExperts, generalised": multimodal_case(ProductOfExperts, learn_weights=True),
+    "ProductOfExperts, private latents": multimodal_case(ProductOfExperts, private=True),
+    "MixtureOfExperts": multimodal_case(MixtureOfExperts),
+    "MixtureOfExperts, private latents": multimodal_case(MixtureOfExperts, private=True),
+    "MixtureOfProducts": multimodal_case(MixtureOfProducts),
+    "MixtureOfProducts, private latents": multimodal_case(MixtureOfProducts, private=True),
+    "MixtureOfProducts, drawn": multimodal_case(MixtureOfProducts, num_subsets=3),
+    "AmortizedSet": Case(
+        lambda: multimodal(
+            lambda *args, **how: AmortizedSet(*args, tanh_mlp(6, [7], 4), **how), width=6
+        ),
+        normal_x,
+        given=lambda x: {"image": x, "sound": x.flip(-1)},
+    ),
+    "AmortizedInterplay": Case(
+        lambda: interplay("normal"),
+        normal_x,
+        latents={"z_image": (2,), "z_sound": (1,)},
+        given=lambda x: {"image": x, "sound": x.flip(-1)},
+    ),
     "ExactLinearGaussian": Case(lambda: exact_linear("isotropic"), normal_x, data_only=True),
     "ExactLinearGaussian, diagonal": Case(
         lambda: exact_linear("diagonal"), normal_x, data_only=True

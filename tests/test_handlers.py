@@ -1,7 +1,8 @@
 """``scale_kl`` against closed forms: E_q[log p(x | z)] - beta KL, its value and its gradient."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -9,9 +10,9 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from torch.distributions import kl_divergence
+from torch.distributions import constraints, kl_divergence
 
-from pyro_vae.handlers import ScaleKLMessenger, scale_kl
+from pyro_vae.handlers import MaskMissingMessenger, ScaleKLMessenger, mask_missing, scale_kl
 from pyro_vae.schedules import Constant, LinearWarmup
 
 BETAS = [0.0, 0.5, 1.0, 4.0]
@@ -397,3 +398,214 @@ def test_a_scale_out_of_range(scale: Any) -> None:
 def test_a_scale_per_datum() -> None:
     with pytest.raises(ValueError, match=r"expected a 0-d tensor scale, got shape \(3,\)"):
         scale_kl(lambda: None, torch.ones(3))
+
+
+# Values that were not observed.
+
+
+ROWS = torch.tensor([True, False, True, False, False])
+ILLEGAL = [float("nan"), float("inf"), -1.0, 0.5, -7.0, 1e30]
+SITES: dict[str, tuple[Callable[[torch.Tensor], Any], Any]] = {
+    "normal": (lambda p: dist.Normal(p, p.exp()), 0.3),
+    "Bernoulli": (lambda p: dist.Bernoulli(logits=p), 1.0),
+    "binomial": (lambda p: dist.Binomial(4, logits=p), 3.0),
+    "categorical": (lambda p: dist.Categorical(logits=torch.stack([p, -p, p * 2], -1)), 2.0),
+    "one-hot": (
+        lambda p: dist.OneHotCategorical(logits=torch.stack([p, -p, p * 2], -1)),
+        [0.0, 1.0, 0.0],
+    ),
+    "Poisson": (lambda p: dist.Poisson(p.exp()), 3.0),
+    "negative binomial": (lambda p: dist.NegativeBinomial(3.0, logits=p), 2.0),
+    "multinomial": (
+        lambda p: dist.Multinomial(3, logits=torch.stack([p, -p, p * 2], -1)),
+        [0.0, 1.0, 2.0],
+    ),
+    "Dirichlet": (lambda p: dist.Dirichlet(torch.stack([p, -p, p], -1).exp()), [0.2, 0.3, 0.5]),
+    "gamma": (lambda p: dist.Gamma(p.exp(), p.exp()), 0.7),
+    "log-normal": (lambda p: dist.LogNormal(p, p.exp()), 0.7),
+    "beta": (lambda p: dist.Beta(p.exp(), p.exp()), 0.4),
+    "uniform": (lambda p: dist.Uniform(-p.exp() - 1, p.exp() + 1), 0.4),
+    "Pareto": (lambda p: dist.Pareto(1 + 0 * p, p.exp()), 1.7),
+    "von Mises": (lambda p: dist.VonMises(p, p.exp()), 0.4),
+    "geometric": (lambda p: dist.Geometric(logits=p), 2.0),
+    "discrete uniform": (lambda p: dist.Categorical(logits=p.unsqueeze(-1).expand(5, 3)), 1.0),
+}
+
+
+@pytest.mark.parametrize("illegal", ILLEGAL)
+@pytest.mark.parametrize("name", SITES)
+def test_a_missing_value_is_never_looked_at(name: str, illegal: float) -> None:
+    """Density and gradient are those of the rows that were observed, and finite."""
+    make, legal = SITES[name]
+    parameter = torch.tensor([0.1, -0.4, 0.6, 0.2, -0.3], requires_grad=True)
+    value = torch.tensor(legal).expand(5, *torch.tensor(legal).shape)
+    expected = make(parameter).log_prob(value)[ROWS].sum()
+    (wanted,) = torch.autograd.grad(expected, parameter)
+    hidden = torch.where(ROWS.reshape(5, *[1] * (value.dim() - 1)), value, illegal)
+    kept = hidden.clone()
+
+    def model() -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("x", make(parameter), obs=hidden)
+
+    def guide() -> None:
+        pass
+
+    seen = mask_missing(model, {"x": ROWS})
+    trace = poutine.trace(seen).get_trace()
+    trace.compute_log_prob()
+    site = trace.nodes["x"]
+    torch.testing.assert_close(site["log_prob_sum"], expected)
+    assert (site["log_prob"][~ROWS] == 0).all()
+    assert site["fn"].log_prob(site["value"]).isfinite().all()
+    loss = Trace_ELBO().differentiable_loss(seen, guide)
+    (gradient,) = torch.autograd.grad(loss, parameter)
+    torch.testing.assert_close(gradient, -wanted)
+    torch.testing.assert_close(hidden, kept, equal_nan=True, rtol=0, atol=0)
+
+
+def test_missing_counts_that_start_above_zero() -> None:
+    """A density that looks its values up in a table has no entry for a zero."""
+
+    class Die(dist.TorchDistribution):  # type: ignore[misc]
+        support = constraints.integer_interval(1, 6)
+        arg_constraints: ClassVar[dict[str, Any]] = {}
+
+        def __init__(self, logits: torch.Tensor) -> None:
+            self.logits = logits.log_softmax(-1)
+            super().__init__(logits.shape[:-1])
+
+        def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+            index = (value - 1).long()
+            assert (index >= 0).all()
+            return self.logits.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+        def expand(self, batch_shape: Any, _instance: Any = None) -> "Die":
+            return Die(self.logits.expand(*batch_shape, 6))
+
+    logits, x = torch.randn(5, 6), torch.tensor([1.0, math.nan, 6.0, 0.0, -1.0])
+
+    def model() -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("x", Die(logits), obs=x)
+
+    trace = poutine.trace(mask_missing(model, {"x": ROWS})).get_trace()
+    trace.compute_log_prob()
+    expected = torch.stack([logits.log_softmax(-1)[0, 0], logits.log_softmax(-1)[2, 5]])
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"][ROWS], expected)
+
+
+def test_integers_stay_integers() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("x", dist.Categorical(logits=torch.zeros(5, 3)), obs=x)
+
+    x = torch.tensor([1, -1, 2, 99, -1])
+    value = poutine.trace(mask_missing(model, {"x": ROWS})).get_trace(x).nodes["x"]["value"]
+    assert value.dtype == torch.int64
+    assert value.tolist() == [1, 0, 2, 0, 0]
+
+
+def test_missing_values_of_events_and_of_several_plates() -> None:
+    x = torch.randn(2, 5, 4, 3)
+    rows = torch.rand(5, 1) < 0.5
+    entries = torch.rand(2, 5, 4) < 0.5
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("outer", 2, dim=-3), pyro.plate("rows", 5, dim=-2):
+            with pyro.plate("columns", 4, dim=-1):
+                pyro.sample("x", dist.Normal(0.0, torch.ones(3)).to_event(1), obs=x)
+
+    for mask in (rows, entries, torch.tensor(True), torch.tensor(False)):
+        hidden = torch.where(mask.unsqueeze(-1), x, torch.nan)
+        trace = poutine.trace(mask_missing(model, {"x": mask})).get_trace(hidden)
+        trace.compute_log_prob()
+        expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(-1)
+        expected = torch.where(mask, expected, 0.0)
+        torch.testing.assert_close(trace.nodes["x"]["log_prob"], expected)
+
+
+def test_masks_are_joined_and_other_sites_left_alone() -> None:
+    x = torch.randn(5)
+    outer = torch.tensor([True, True, False, False, True])
+
+    def model() -> None:
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=outer):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x)
+
+    trace = poutine.trace(mask_missing(model, {"x": ROWS})).get_trace()
+    assert trace.nodes["x"]["mask"].tolist() == (outer & ROWS).tolist()
+    assert trace.nodes["y"]["mask"] is None
+    assert trace.nodes["y"]["value"] is x
+    assert trace.nodes["z"]["mask"] is None
+    for mask in (True, False):
+        masked = poutine.mask(mask_missing(model, {"y": ROWS}), mask=mask)
+        trace = poutine.trace(masked).get_trace()
+        trace.compute_log_prob()
+        count = (trace.nodes["y"]["log_prob"] != 0).tolist()
+        assert count == (ROWS & mask).tolist()
+
+
+def test_mask_missing_under_particles() -> None:
+    x = torch.tensor([1.0, float("nan"), 0.3, float("nan"), float("nan")])
+
+    def model() -> None:
+        with pyro.plate("data", 5, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pyro.plate("particles", 4, dim=-2):
+        trace = poutine.trace(mask_missing(model, {"x": ROWS})).get_trace()
+    trace.compute_log_prob()
+    expected = dist.Normal(trace.nodes["z"]["value"], 1.0).log_prob(x.nan_to_num())
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"], torch.where(ROWS, expected, 0.0))
+
+
+def test_mask_missing_is_wrapper_decorator_and_context_manager() -> None:
+    def model() -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(5))
+
+    present = {"x": ROWS}
+    decorated = mask_missing(present=present)(model)
+
+    def inside() -> None:
+        with mask_missing(present=present):
+            model()
+
+    for program in (mask_missing(model, present), decorated, inside):
+        for _ in range(2):
+            site = poutine.trace(program).get_trace().nodes["x"]
+            assert site["mask"].tolist() == ROWS.tolist()
+    assert isinstance(mask_missing(present=present), MaskMissingMessenger)
+
+
+def test_bad_calls_of_mask_missing() -> None:
+    def model(fail: bool = False) -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            if fail:
+                raise RuntimeError("the user's own")
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(5))
+
+    with pytest.raises(
+        TypeError, match="mask_missing: expected masks by site, got None. Call mask"
+    ):
+        mask_missing(model)
+    for mask, got in (
+        (torch.ones(5, dtype=torch.float32), "torch.float32"),
+        ([True] * 5, "list"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"expected a bool tensor for site 'x', got {got}"):
+            mask_missing(model, {"x": mask})  # type: ignore[dict-item]
+    for name in ("z", "image"):
+        with pytest.raises(
+            ValueError, match=rf"expected observed sites among \['x'\], got '{name}'"
+        ):
+            mask_missing(model, {"x": ROWS, name: ROWS})()
+    with pytest.raises(RuntimeError, match="the user's own"):
+        mask_missing(model, {"x": ROWS})(fail=True)

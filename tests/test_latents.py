@@ -298,3 +298,114 @@ def test_traverse_refuses_a_coordinate_that_is_not_there() -> None:
     model = LinearGaussian(3, 2)
     with pytest.raises(ValueError, match="traverse: expected dims in 0 ... 1, got"):
         latents.traverse(model, ExactLinearGaussian(model), torch.zeros(5, 3), dims=[2])
+
+
+# Several sites, drawn or observed.
+
+
+def two_views(batch: dict[str, torch.Tensor | None]) -> None:
+    """A picture and a class of one code; what is not given is drawn."""
+    num = next(len(x) for x in batch.values() if x is not None)
+    with pyro.plate("rows", num):
+        code = pyro.sample("code", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("view", dist.Normal(2 * code, 0.1).to_event(1), obs=batch["view"])
+        tag = dist.Categorical(logits=100 * code)
+        pyro.sample("tag", tag.mask(batch["tag"] is not None), obs=batch["tag"])
+
+
+def view_guide(batch: dict[str, torch.Tensor | None]) -> None:
+    view, tag = batch["view"], batch["tag"]
+    loc = torch.eye(3)[tag] if view is None and tag is not None else view
+    assert loc is not None
+    with pyro.plate("rows", len(loc)):
+        pyro.sample("code", dist.Normal(loc, 0.5).to_event(1))
+
+
+def test_from_one_modality_to_another() -> None:
+    x, y = torch.randn(50, 3), torch.arange(50) % 3
+    tags = latents.reconstruct(two_views, view_guide, {"view": x, "tag": None}, site="tag")
+    assert torch.equal(tags, x.argmax(-1))
+    views = latents.reconstruct(two_views, view_guide, {"view": None, "tag": y}, site="view")
+    torch.testing.assert_close(views, 2 * torch.eye(3)[y])
+    # The only site that is observed needs no name.
+    views = latents.reconstruct(two_views, view_guide, {"view": x, "tag": None})
+    torch.testing.assert_close(views, 2 * x)
+
+
+def test_codes_that_are_samples() -> None:
+    x = torch.randn(2000, 3)
+    batch = {"view": x, "tag": None}
+    found = latents.reconstruct(two_views, view_guide, batch, site=["tag", "view"], sample=True)
+    assert list(found) == ["tag", "view"]
+    assert torch.equal(found["tag"], found["view"].argmax(-1))  # One code for both.
+    noise = found["view"] / 2 - x
+    assert float(noise.std()) == pytest.approx(0.5, abs=5 * 0.5 / (2 * noise.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("names", [["view", "tag"], ("tag", "view"), {"tag", "view"}])
+def test_sites_that_are_generated_together(mean: bool, names: Any) -> None:
+    batch: dict[str, torch.Tensor | None] = {"view": torch.zeros(300, 3), "tag": None}
+    found = latents.generate(two_views, batch, mean=mean, site=names)
+    assert set(found) == set(names)
+    second, first = found["view"].sort(-1).values[:, 1:].T
+    clear = first - second > 1.0  # More than the noise of the view.
+    assert clear.sum() > 100
+    assert torch.equal(found["view"].argmax(-1)[clear], found["tag"][clear])
+    assert len(found["tag"].unique()) == 3
+
+
+def test_several_sites_are_decoded_in_one_run() -> None:
+    batch = {"view": torch.zeros(40, 3), "tag": torch.zeros(40, dtype=torch.int64)}
+    found = latents.decode(two_views, {}, batch, site=["view", "tag"])
+    torch.testing.assert_close(
+        found["tag"].base_dist.logits.argmax(-1), found["view"].mean.argmax(-1)
+    )
+    code = torch.randn(40, 3)
+    found = latents.decode(two_views, {"code": code}, batch, site=["view"])
+    torch.testing.assert_close(found["view"].mean, 2 * code)
+    assert latents.decode(two_views, {"code": code}, batch, site=[]) == {}
+
+
+def labelled_view(x: torch.Tensor | None, y: torch.Tensor | None, num: int) -> None:
+    """The class comes first, and the picture is made of it."""
+    with pyro.plate("rows", num):
+        style = pyro.sample("style", dist.Normal(torch.zeros(num), 0.1))
+        tag = pyro.sample("tag", dist.Categorical(torch.tensor([0.5, 0.3, 0.2])), obs=y)
+        pyro.sample("view", dist.Normal(style + tag * 10.0, 0.1), obs=x)
+
+
+def test_a_site_that_another_one_depends_on_keeps_its_value() -> None:
+    """Its mode would be class 0 in every row, whatever the picture shows."""
+    settings: Any = {"x": torch.zeros(4000), "y": torch.zeros(4000).long(), "num": 4000}
+    found = latents.generate(labelled_view, **settings, site=["view", "tag"])
+    assert torch.equal((found["view"] / 10).round().long(), found["tag"])
+    share = found["tag"].bincount() / 4000
+    p = torch.tensor([0.5, 0.3, 0.2])
+    assert ((share - p).abs() < 5 * (p * (1 - p) / 4000).sqrt()).all()
+    torch.testing.assert_close(  # Means of pictures all the same: no noise beside the style's.
+        (found["view"] - 10 * found["tag"]).std(), torch.tensor(0.1), atol=0.01, rtol=0
+    )
+    noisy = latents.generate(labelled_view, **settings, mean=False, site=["view", "tag"])
+    assert torch.equal((noisy["view"] / 10).round().long(), noisy["tag"])
+    # A class that is not asked for stays as given.
+    views = latents.generate(labelled_view, **settings, site=["view"])["view"]
+    assert (views.abs() < 1).all()
+
+
+def other_guide(batch: dict[str, torch.Tensor | None]) -> None:
+    with pyro.plate("rows", 4):
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+
+
+def test_sites_asked_for_that_are_not_there() -> None:
+    batch = {"view": torch.zeros(4, 3), "tag": None}
+    message = r": expected site to be one of \['view', 'tag'\], got '{}'. Name the site"
+    with pytest.raises(ValueError, match="reconstruct" + message.format("x_tag")):
+        latents.reconstruct(two_views, view_guide, batch, site="x_tag")
+    with pytest.raises(ValueError, match="decode" + message.format("code")):
+        latents.decode(two_views, {"code": torch.zeros(4, 3)}, batch, site=["tag", "code"])
+    with pytest.raises(ValueError, match=r"generate: .* one of \['code', 'view', 'tag'\], got 'x'"):
+        latents.generate(two_views, batch, site=["x"])
+    with pytest.raises(ValueError, match=r"reconstruct: expected codes for the latents .*'other'"):
+        latents.reconstruct(two_views, other_guide, batch)

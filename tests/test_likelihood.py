@@ -27,9 +27,10 @@ from pyro_vae.guides import (
     ExactGaussianMixture,
     ExactLinearGaussian,
 )
-from pyro_vae.handlers import scale_kl
+from pyro_vae.handlers import mask_missing, scale_kl
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.likelihoods import Normal as NormalLikelihood
+from pyro_vae.mixtures import FixedNormalMixture
 from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
 from pyro_vae.nets import MLP
 from pyro_vae.priors import StandardNormalPrior
@@ -1947,3 +1948,227 @@ def test_a_guide_that_writes_a_latent_into_a_buffer() -> None:
     exact = dist.Normal(0.0, 3.0**0.5).log_prob(x)
     torch.testing.assert_close(estimate.log_likelihood, exact)
     assert estimate.standard_error.max() < 1e-7  # the square root of rounding
+
+
+# Mixture guides: particles in proportion to the components.
+
+
+def two_sided_model(x: torch.Tensor) -> None:
+    """x tells the square of z, so that the posterior has two modes."""
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z.squeeze(-1).square(), 0.5), obs=x)
+
+
+def two_sided_log_likelihood(x: torch.Tensor) -> torch.Tensor:
+    z = torch.linspace(-8, 8, 4001)
+    joint = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z**2, 0.5).log_prob(x.unsqueeze(-1))
+    return torch.trapezoid(joint.exp(), z).log()
+
+
+def two_sided_guide(kind: Any = FixedNormalMixture) -> Callable[[torch.Tensor], None]:
+    def guide(x: torch.Tensor) -> None:
+        loc = torch.tensor([[-1.2], [1.0], [0.0], [3.0]], dtype=x.dtype).expand(len(x), 4, 1)
+        scale = torch.tensor([[0.7], [0.6], [1.0], [0.9]], dtype=x.dtype).expand(len(x), 4, 1)
+        probs = torch.tensor([0.3, 0.45, 0.0, 0.25], dtype=x.dtype).expand(len(x), 4)
+        components = dist.Normal(loc, scale).to_event(1)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", kind(dist.Categorical(probs=probs), components))
+
+    return guide
+
+
+def never_stratify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_vae.evaluation.particles.can_stratify", lambda fn: False)
+
+
+def assert_calibrated(estimate: LogLikelihoodEstimate, expected: torch.Tensor) -> None:
+    """Over many rows: no bias in p(x), and errors as large as the standard errors say."""
+    num, difference = len(estimate.log_likelihood), estimate.log_likelihood - expected
+    ratio = difference.exp()
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / num**0.5
+    # Of Student's t, which the few blocks make of it, the variance is a little above 1.
+    assert 0.85 < float((difference / estimate.standard_error).var()) < 1.2
+
+
+@pytest.mark.parametrize("kind", [FixedNormalMixture, dist.MixtureSameFamily])
+def test_the_error_under_stratification_is_calibrated(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over many rows of the same data, each with particles of its own; and it is smaller."""
+    x = torch.full((2000,), 1.1)
+    expected = two_sided_log_likelihood(x[:1])
+    pyro.set_rng_seed(1)
+    stratified = log_likelihood(two_sided_model, two_sided_guide(kind), x, num_particles=640)
+    assert_calibrated(stratified, expected)
+    never_stratify(monkeypatch)
+    by_chance = log_likelihood(two_sided_model, two_sided_guide(kind), x, num_particles=640)
+    assert_calibrated(by_chance, expected)
+    for of in (lambda e: e.log_likelihood - expected, lambda e: e.standard_error):
+        ratio = of(stratified).square().mean() / of(by_chance).square().mean()
+        assert float(ratio) < 0.9
+    # The mean of the weights is what it was, and that of the log-weights.
+    error = (stratified.elbo.var() + by_chance.elbo.var()).sqrt() / len(x) ** 0.5
+    assert abs(float(stratified.elbo.mean() - by_chance.elbo.mean())) < 5 * float(error)
+
+
+@pytest.mark.parametrize("num_particles", [1, 5, 16, 17, 40])
+def test_few_stratified_particles_are_unbiased(num_particles: int) -> None:
+    """The mean of the estimates of p(x) itself, over many rows."""
+    x = torch.full((20_000,), 1.1)
+    estimate = log_likelihood(two_sided_model, two_sided_guide(), x, num_particles=num_particles)
+    ratio = (estimate.log_likelihood - two_sided_log_likelihood(x[:1])).exp()
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("num_particles", [7, 16, 50])
+def test_chunks_do_not_matter_to_stratified_particles(num_particles: int) -> None:
+    x = torch.tensor([0.3, 1.1, -0.2])
+    estimates = []
+    for chunk_size in (1, 3, 16, 17, 50, None):
+        pyro.set_rng_seed(3)
+        estimates.append(
+            log_likelihood(
+                two_sided_model,
+                two_sided_guide(),
+                x,
+                num_particles=num_particles,
+                chunk_size=chunk_size,
+            )
+        )
+    for other in estimates[1:]:
+        assert_same(other, estimates[0])
+
+
+@pytest.mark.parametrize("depends", [False, True])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_guide_with_two_mixture_sites(depends: bool, slow: bool) -> None:
+    """The second may depend on the first; one by one or at once; against quadrature."""
+
+    class Shift(nn.Module):
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            if slow and z.dim() > 2:
+                raise RuntimeError("one batch dimension, please")
+            return 0.5 * z
+
+    shift, num_rows = Shift(), 60 if slow else 1500
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            first = pyro.sample("first", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            second = pyro.sample("second", dist.Normal(0.5 * first, 1.0).to_event(1))
+            loc = first.squeeze(-1).square() + second.squeeze(-1)
+            pyro.sample("x", dist.Normal(loc, 0.6), obs=x)
+
+    def site(loc: torch.Tensor) -> FixedNormalMixture:
+        loc = torch.stack([loc - 1, loc + 1.2], -2)
+        scale = torch.tensor([[0.8], [1.1]]).expand(loc.shape)
+        logits = torch.tensor([0.4, -0.2]).expand(loc.shape[:-1])
+        return FixedNormalMixture(
+            dist.Categorical(logits=logits), dist.Normal(loc, scale).to_event(1)
+        )
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            zero = torch.zeros(len(x), 1)
+            first = pyro.sample("first", site(zero))
+            pyro.sample("second", site(shift(first) if depends else zero))
+
+    x = torch.full((num_rows,), 0.9)
+    grid = torch.linspace(-8, 8, 641)
+    first, second = grid.unsqueeze(-1), grid
+    joint = dist.Normal(0.0, 1.0).log_prob(first) + dist.Normal(0.5 * first, 1.0).log_prob(second)
+    joint = joint + dist.Normal(first**2 + second, 0.6).log_prob(x[0])
+    expected = torch.trapezoid(torch.trapezoid(joint.exp(), grid), grid).log()
+    with pytest.warns(UserWarning, match=SLOW) if slow and depends else nullcontext():
+        estimate = log_likelihood(model, guide, x, num_particles=320)
+    if num_rows > 1000:
+        assert_calibrated(estimate, expected)
+    ratio = (estimate.log_likelihood - expected).exp()
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / num_rows**0.5
+    error = float(estimate.standard_error.square().mean().sqrt())
+    assert 0.6 < float(ratio.std()) / error < 1.6
+
+
+def test_a_mixture_behind_another_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first site is normal, the mixture depends on it: at once, and one by one."""
+    num_rows = 1500
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            level = pyro.sample("level", dist.Normal(x.new_zeros(()), 1.0))
+            z = pyro.sample("z", dist.Normal(level.unsqueeze(-1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.squeeze(-1).square(), 0.5), obs=x)
+
+    def guide(x: torch.Tensor, slow: bool = False) -> None:
+        with pyro.plate("rows", len(x)):
+            level = pyro.sample("level", dist.Normal(0.2 * x, 1.1))
+            if slow and level.dim() > 1:
+                raise RuntimeError("one batch dimension, please")
+            sides = torch.tensor([[-1.0], [1.0], [3.5]]) + 0.3 * level[..., None, None]
+            components = dist.Normal(sides, 0.8).to_event(1)
+            logits = torch.tensor([-0.3, 0.5, 0.0]).expand(sides.shape[:-1])
+            pyro.sample("z", FixedNormalMixture(dist.Categorical(logits=logits), components))
+
+    z = torch.linspace(-10, 10, 4001)
+    joint = dist.Normal(0.0, 2**0.5).log_prob(z) + dist.Normal(z**2, 0.5).log_prob(
+        torch.tensor(1.1)
+    )
+    expected = torch.trapezoid(joint.exp(), z).log()
+    estimate = log_likelihood(model, guide, torch.full((num_rows,), 1.1), num_particles=320)
+    assert_calibrated(estimate, expected)
+    with pytest.warns(UserWarning, match=SLOW):
+        alone = log_likelihood(
+            lambda x: model(x),
+            lambda x: guide(x, slow=True),
+            torch.full((300,), 1.1),
+            num_particles=64,
+        )
+    ratio = (alone.log_likelihood - expected).exp()
+    assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / 300**0.5
+    never_stratify(monkeypatch)
+    by_chance = log_likelihood(model, guide, torch.full((num_rows,), 1.1), num_particles=320)
+    squares = [e.standard_error.square().mean() for e in (estimate, by_chance)]
+    assert float(squares[0] / squares[1]) < 0.9
+
+
+def test_float32_mixtures() -> None:
+    x = torch.full((2000,), 1.1, dtype=torch.float32)
+    estimate = log_likelihood(two_sided_model, two_sided_guide(), x, num_particles=640)
+    assert_calibrated(estimate, two_sided_log_likelihood(torch.tensor([1.1])))
+
+
+def test_a_mixture_in_a_guide_with_pixels() -> None:
+    """One more plate on the right of the rows, around the data alone."""
+    x = torch.full((1000, 3), 1.1)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            with pyro.plate("pixels", 3, dim=-1):
+                pyro.sample("x", dist.Normal(z.squeeze(-1).square(), 0.5), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        loc = torch.tensor([[-1.0], [1.1]]).expand(len(x), 1, 2, 1)
+        components = dist.Normal(loc, 0.4).to_event(1)
+        logits = torch.tensor([-0.4, 0.3]).expand(len(x), 1, 2)
+        with pyro.plate("rows", len(x), dim=-2):
+            pyro.sample("z", FixedNormalMixture(dist.Categorical(logits=logits), components))
+
+    z = torch.linspace(-6, 6, 4001)
+    joint = dist.Normal(0.0, 1.0).log_prob(z) + 3 * dist.Normal(z**2, 0.5).log_prob(x[0, 0])
+    estimate = log_likelihood(model, guide, x, num_particles=640)
+    assert estimate.log_likelihood.shape == (1000,)
+    assert_calibrated(estimate, torch.trapezoid(joint.exp(), z).log())
+
+
+def test_rows_that_mask_missing_hides() -> None:
+    """NaN in the data of a user's own model: log p of the others, 0 where nothing is observed."""
+    x = rows()
+    x[[1, 3]] = math.nan
+    seen = ~x.isnan().any(-1)
+    model = mask_missing(linear_model, {"x": seen})
+    for num_particles in (1, 20):
+        estimate = log_likelihood(model, exact_guide, x, num_particles=num_particles)
+        assert_equal(estimate, exact(x))
+        assert (exact(x)[~seen] == 0).all()

@@ -19,13 +19,22 @@ from pyro_vae.baselines import gaussian_mixture_em, ppca
 from pyro_vae.evaluation import importance_weighted_log_likelihood
 from pyro_vae.guides import (
     AmortizedBottomUp,
+    AmortizedInterplay,
     AmortizedNormal,
     ExactGaussianMixture,
     ExactLinearGaussian,
+    ProductOfExperts,
 )
-from pyro_vae.models import VAE, GaussianMixture, HierarchicalVAE, LinearGaussian
+from pyro_vae.models import (
+    VAE,
+    GaussianMixture,
+    HierarchicalVAE,
+    InterplayVAE,
+    LinearGaussian,
+    MultimodalVAE,
+)
 from pyro_vae.nets import MLP, ConvDecoder, ConvEncoder
-from pyro_vae.priors import StandardNormalPrior
+from pyro_vae.priors import InterplayPrior, StandardNormalPrior
 
 
 def binary_x(num_rows: int) -> torch.Tensor:
@@ -79,6 +88,35 @@ def hierarchy(dims: list[int]) -> tuple[VAE, AmortizedBottomUp]:
     return model, AmortizedBottomUp([MLP(below, [], 2 * above) for below, above in widths])
 
 
+def multimodal(private: bool = False) -> tuple[MultimodalVAE, ProductOfExperts]:
+    width = 2 + private
+    model = MultimodalVAE(
+        {name: MLP(width, [7], 4, activation=torch.nn.Tanh) for name in ("image", "sound")},
+        {"image": likelihoods.Normal(torch.ones(4), learn=True), "sound": likelihoods.Normal()},
+        StandardNormalPrior(2),
+        {"image": 1, "sound": 1} if private else None,
+    )
+    networks, own = ({name: MLP(4, [], w) for name in ("image", "sound")} for w in (4, 2))
+    return model, ProductOfExperts(networks, 2, own if private else None)
+
+
+def interplay(kind: Any) -> tuple[InterplayVAE, AmortizedInterplay]:
+    dims = {"image": 2, "sound": 1}
+    prior = InterplayPrior(dims, kind)
+    decoders = {name: MLP(dim, [7], 4, activation=torch.nn.Tanh) for name, dim in dims.items()}
+    model = InterplayVAE(decoders, {name: likelihoods.Normal() for name in dims}, prior)
+    return model, AmortizedInterplay({name: MLP(4, [], 2 * d) for name, d in dims.items()}, prior)
+
+
+def both(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same numbers seen and heard."""
+    return {"image": x, "sound": x}
+
+
+def image_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return batch["image"]
+
+
 CASES = {
     "VAE, Bernoulli": Case(lambda: vae(likelihoods.Bernoulli()), binary_x),
     "VAE, Normal": Case(lambda: vae(likelihoods.Normal(torch.ones(4), learn=True)), normal_x),
@@ -97,6 +135,23 @@ CASES = {
         normal_x,
         latents={"z1": (3,), "z2": (2,), "z3": (1,)},
         named="HierarchicalVAE",
+    ),
+    "MultimodalVAE": Case(multimodal, normal_x, observed="x_image", given=both, returned=image_of),
+    "MultimodalVAE, private latents": Case(
+        lambda: multimodal(private=True),
+        normal_x,
+        latents={"z": (2,), "w_image": (1,), "w_sound": (1,)},
+        observed="x_image",
+        given=both,
+        returned=image_of,
+    ),
+    "InterplayVAE": Case(
+        lambda: interplay("normal"),
+        normal_x,
+        latents={"z_image": (2,), "z_sound": (1,)},
+        observed="x_image",
+        given=both,
+        returned=image_of,
     ),
     "pPCA": Case(lambda: linear("isotropic"), normal_x),
     "factor analysis": Case(lambda: linear("diagonal"), normal_x),

@@ -2,8 +2,11 @@
 
 Each fit takes a data matrix and returns a result with ``log_prob(x)`` in nats per row, the exact
 ``posterior(x)`` and ``sample(num_samples)``. All of it is computed in float64.
+``MultimodalLinearGaussian``, the fit of ``canonical_correlation``, takes a batch by modality for x,
+and each row may lack some.
 """
 
+from pyro_vae.baselines.canonical_correlation import CanonicalCorrelation, canonical_correlation
 from pyro_vae.baselines.factor_analysis import factor_analysis_em
 from pyro_vae.baselines.gaussian_mixture import (
     GaussianMixtureFit,
@@ -11,11 +14,15 @@ from pyro_vae.baselines.gaussian_mixture import (
     gaussian_mixture_em,
 )
 from pyro_vae.baselines.linear_gaussian import LinearGaussianFit
+from pyro_vae.baselines.multimodal_linear_gaussian import MultimodalLinearGaussian
 from pyro_vae.baselines.ppca import ppca, ppca_em
 
 __all__ = [
+    "CanonicalCorrelation",
     "GaussianMixtureFit",
     "LinearGaussianFit",
+    "MultimodalLinearGaussian",
+    "canonical_correlation",
     "factor_analysis_em",
     "gaussian",
     "gaussian_mixture_em",

@@ -2,7 +2,9 @@
 
 from pyro_vae.evaluation.active_units import ActiveUnits, active_units
 from pyro_vae.evaluation.aggregate import AggregatePosterior, aggregate_posterior
+from pyro_vae.evaluation.coherence import Coherence, coherence
 from pyro_vae.evaluation.collapse import LatentUse, PosteriorCollapse, posterior_collapse
+from pyro_vae.evaluation.conditional import conditional_log_likelihood
 from pyro_vae.evaluation.dci import DCIScore, dci
 from pyro_vae.evaluation.disentanglement import (
     GapScore,
@@ -17,6 +19,11 @@ from pyro_vae.evaluation.fixed_factor import (
     beta_vae_score,
     factor_vae_score,
 )
+from pyro_vae.evaluation.labelled import Rate
+from pyro_vae.evaluation.latent_classification import (
+    LatentClassification,
+    latent_classification,
+)
 from pyro_vae.evaluation.likelihood import importance_weighted_log_likelihood
 from pyro_vae.evaluation.rate_distortion import RateDistortionPoint, rate_distortion
 from pyro_vae.evaluation.weights import pareto_k
@@ -24,22 +31,28 @@ from pyro_vae.evaluation.weights import pareto_k
 __all__ = [
     "ActiveUnits",
     "AggregatePosterior",
+    "Coherence",
     "DCIScore",
     "ElboTerms",
     "FixedFactorScore",
     "GapScore",
+    "LatentClassification",
     "LatentUse",
     "LogLikelihoodEstimate",
     "PosteriorCollapse",
+    "Rate",
     "RateDistortionPoint",
     "active_units",
     "aggregate_posterior",
     "beta_vae_score",
     "code_factor_information",
+    "coherence",
+    "conditional_log_likelihood",
     "dci",
     "elbo_terms",
     "factor_vae_score",
     "importance_weighted_log_likelihood",
+    "latent_classification",
     "mutual_information_gap",
     "pareto_k",
     "posterior_collapse",

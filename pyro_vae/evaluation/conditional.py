@@ -64,7 +64,7 @@ def conditional_log_likelihood(
         >>> from pyro_vae.priors import StandardNormalPrior
         >>> model = MultimodalVAE(
         ...     {"image": MLP(2, [], 64), "label": MLP(2, [], 10)},
-        ...     {"image": Bernoulli(), "label": Categorical()},
+        ...     {"image": Bernoulli(), "label": Categorical(event_dim=0)},
         ...     StandardNormalPrior(2),
         ... )
         >>> guide = ProductOfExperts({"image": MLP(64, [], 4)}, 2)

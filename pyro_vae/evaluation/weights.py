@@ -109,7 +109,8 @@ class LogWeightSums:
         share = (torch.stack(self._blocks) - self._log_sum).exp()  # Of the sum of all weights.
         share = share.nan_to_num(nan=0.0)  # No weight anywhere.
         expected = (sizes / self.count).reshape((num,) + (1,) * self._log_sum.dim())
-        return ((share - expected).square().sum(0) * num / (num - 1)).sqrt()
+        error = ((share - expected).square().sum(0) / (1 - expected.square().sum(0))).sqrt()
+        return error.masked_fill(self._log_sum == -math.inf, math.inf)
 
     @property
     def pareto_k(self) -> torch.Tensor:

@@ -51,10 +51,11 @@ class TraceIWAE_ELBO(Objective):
         stratified: Whether particles are spread over the components of a mixture guide in
             proportion, in their order, rather than by chance: with as many groups as experts,
             each group has one expert's particles (MMVAE), with one group all of them stand in one
-            bound. Only of the guide's first mixture, and where its weights are not learnt.
-            Values, and gradients by "standard", keep their expectation; the doubly
-            reparameterised gradient assumes independent particles, so that "dreg" is then
-            slightly biased, as in the paper.
+            bound, which that tightens. Only of the guide's first ``FixedNormalMixture``, as
+            ``MixtureOfExperts`` and ``MixtureOfProducts`` have. The gradient by "standard" is
+            that of this bound. Not with "dreg" and "vimco", which rest on independent particles:
+            with an expert a group, the doubly reparameterised gradient of Shi et al. tends to
+            zero as K grows, where that of their bound does not.
         elbo_weight: Weight in [0, 1] of the ELBO of the same particles, the rest being that of
             the importance-weighted bound (CIWAE); a number, a 0-d tensor or a schedule.
         vectorize_particles: Whether to run the particles at once in an outermost plate; by
@@ -113,10 +114,11 @@ class TraceIWAE_ELBO(Objective):
                 "TraceIWAE_ELBO: expected num_particles >= 2 for estimator='vimco', got 1. Each "
                 "particle is compared with the others of its group."
             )
-        if estimator == "vimco" and stratified:
+        if estimator in ("dreg", "vimco") and stratified:
             raise ValueError(
-                "TraceIWAE_ELBO: expected independent particles for estimator='vimco', got "
-                "stratified=True. Each particle is a control variate for the others."
+                f"TraceIWAE_ELBO: expected independent particles for estimator='{estimator}', got "
+                "stratified=True, with which its gradient is not that of the bound. Use "
+                "estimator='standard' or 'stl', or stratified=False."
             )
         self.estimator, self.num_groups, self.partial = estimator, num_groups, partial
         self.stratified = stratified
