@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.experts import product_of_normals
-from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of, where_seen
+from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of
 from pyro_vae.nets import NormalEncoder
 from pyro_vae.program import Program
 
@@ -28,9 +28,10 @@ class _Multimodal(Program):
         self,
         networks: Mapping[str, nn.Module],
         latent_dim: int,
-        private: Mapping[str, nn.Module] | None,
-        site: str,
-        name: str | None,
+        private: Mapping[str, nn.Module] | None = None,
+        *,
+        site: str = "z",
+        name: str | None = None,
     ) -> None:
         super().__init__(name)
         where = type(self).__name__
@@ -56,22 +57,25 @@ class _Multimodal(Program):
         Args:
             batch: Data by modality, ``(batch, *event)``. A missing key or ``None``: not observed.
             present: By modality, bool ``(batch,)``: the rows in which it is observed.
+
+        Raises:
+            TypeError: If an argument, or what is in it, has another type.
+            ValueError: If a modality is unknown, data or masks do not fit, or a network gives
+                another number of latents.
         """
         seen = observed_of(type(self).__name__, self.modalities, batch, present)
         private = self.private
         with pyro.plate("data", seen.num_rows):
-            with where_seen(seen.anything):
-                code: torch.Tensor = pyro.sample(self.site, self._posterior(seen))
+            code: torch.Tensor = pyro.sample(self.site, self._posterior(seen))
             for modality in private:
                 if modality not in seen.values:
                     continue
                 normal = NormalEncoder(private[modality])(seen.filled(modality)).base_dist
                 loc, scale = normal.loc, normal.scale
-                if seen.masks[modality] is not None:  # Elsewhere the prior.
+                if seen.masks[modality] is not None:  # Elsewhere N(0, I).
                     there = seen.mask(modality).unsqueeze(-1)
                     loc, scale = torch.where(there, loc, 0.0), torch.where(there, scale, 1.0)
-                with where_seen(seen.masks[modality]):
-                    pyro.sample(f"w_{modality}", dist.Normal(loc, scale).to_event(1))
+                pyro.sample(f"w_{modality}", dist.Normal(loc, scale).to_event(1))
         return code
 
     def _experts(self, seen: Observed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,7 +144,7 @@ class ProductOfExperts(_Multimodal):
 
     References:
         Wu and Goodman (2018), Multimodal generative models for scalable weakly-supervised
-        learning, section 2.2, https://arxiv.org/abs/1802.05335;
+        learning, https://arxiv.org/abs/1802.05335;
         Cao and Fleet (2014), Generalized product of experts, https://arxiv.org/abs/1410.7827.
         Their weights depend on the data and sum to one; these are parameters and do not, so
         that a missing modality stays the identity.
@@ -157,7 +161,7 @@ class ProductOfExperts(_Multimodal):
         site: str = "z",
         name: str | None = None,
     ) -> None:
-        super().__init__(networks, latent_dim, private, site, name)
+        super().__init__(networks, latent_dim, private, site=site, name=name)
         self.with_prior = with_prior
         zeros = torch.zeros(len(networks), latent_dim)
         self.log_weights = nn.Parameter(zeros) if learn_weights else None
@@ -214,7 +218,7 @@ class AmortizedSet(_Multimodal):
         site: str = "z",
         name: str | None = None,
     ) -> None:
-        super().__init__(networks, latent_dim, private, site, name)
+        super().__init__(networks, latent_dim, private, site=site, name=name)
         self.head = head
 
     def _posterior(self, seen: Observed) -> TorchDistribution:

@@ -1,7 +1,6 @@
 """Amortized guides for several modalities whose posterior is a mixture."""
 
 from collections.abc import Mapping
-from itertools import product
 
 import pyro.distributions as dist
 import torch
@@ -46,19 +45,8 @@ class MixtureOfExperts(_Multimodal):
 
     References:
         Shi et al. (2019), Variational mixture-of-experts autoencoders for multi-modal deep
-        generative models, section 3, https://arxiv.org/abs/1911.03393
+        generative models, https://arxiv.org/abs/1911.03393
     """
-
-    def __init__(
-        self,
-        networks: Mapping[str, nn.Module],
-        latent_dim: int,
-        private: Mapping[str, nn.Module] | None = None,
-        *,
-        site: str = "z",
-        name: str | None = None,
-    ) -> None:
-        super().__init__(networks, latent_dim, private, site, name)
 
     def _posterior(self, seen: Observed) -> TorchDistribution:
         loc, scale, there = self._experts(seen)
@@ -99,7 +87,7 @@ class MixtureOfProducts(_Multimodal):
         torch.Size([5, 2])
 
     References:
-        Sutter et al. (2021), Generalized multimodal ELBO, section 4,
+        Sutter et al. (2021), Generalized multimodal ELBO,
         https://arxiv.org/abs/2105.02470
     """
 
@@ -116,7 +104,7 @@ class MixtureOfProducts(_Multimodal):
         site: str = "z",
         name: str | None = None,
     ) -> None:
-        super().__init__(networks, latent_dim, private, site, name)
+        super().__init__(networks, latent_dim, private, site=site, name=name)
         self.with_prior = with_prior
         subsets = None if num_subsets is None else _draw_subsets(len(networks), num_subsets)
         if subsets is None and len(networks) > _MOST_ENUMERATED:
@@ -144,8 +132,9 @@ class MixtureOfProducts(_Multimodal):
     def _subsets_of(self, seen: Observed) -> torch.Tensor:
         """What is left of the subsets among the modalities seen, where anything is: ``(S, M)``."""
         if self.subsets is None:
-            rows = list(product([False, True], repeat=len(seen.values)))[1:]
-            return torch.tensor(rows, dtype=torch.bool, device=seen.device)
+            num = len(seen.values)
+            codes = torch.arange(1, 2**num, device=seen.device).unsqueeze(-1)
+            return (codes >> torch.arange(num, device=seen.device)) % 2 == 1
         columns = [self.modalities.index(m) for m in seen.values]
         subsets = self.subsets[:, columns].to(seen.device)
         return subsets[subsets.any(-1)]

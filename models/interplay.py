@@ -1,22 +1,14 @@
 """Modalities with latents of their own, coupled by an exponential-family prior."""
 
-from collections.abc import Mapping
-from functools import reduce
-from operator import and_
+from collections.abc import Callable, Mapping
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.distributions.util import is_validation_enabled
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import get_mask
 from torch import nn
 
-from pyro_vae.checks import check_data, check_values
-from pyro_vae.handlers import MaskMissingMessenger
 from pyro_vae.interplay_prior import InterplayPrior
-from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of
+from pyro_vae.modalities import Batch, Present, as_module, modules_by_name, observe, observed_of
 from pyro_vae.program import Program
 
 __all__ = ["InterplayVAE"]
@@ -27,11 +19,15 @@ class InterplayVAE(Program):
 
     What one modality tells of another passes through the prior alone. All latents are sampled
     whichever modalities are observed; a modality that is not leaves its latents to the others.
+    A row with nothing observed has the likelihood 1 and adds exactly 0 to ``TraceInterplay_ELBO``
+    and its gradient. Other objectives see the guide's divergence from the prior there: 0 for
+    ``AmortizedInterplay``, up to rounding.
 
     Args:
         decoders: By modality, from its latents ``(*sample, batch, dim)`` to
             ``(*sample, batch, ...)``.
-        likelihoods: By modality, from the decoder's output to the distribution of one datum.
+        likelihoods: By modality, from the decoder's output to the distribution of one datum: a
+            module of ``pyro_vae.likelihoods``, or a function.
         prior: Of the same modalities.
         name: Name in the param store.
 
@@ -39,6 +35,7 @@ class InterplayVAE(Program):
     plate ``"data"``.
 
     Raises:
+        TypeError: If a decoder is no module, or a likelihood cannot be called.
         ValueError: If decoders, likelihoods and prior are not of the same modalities.
 
     Example:
@@ -60,7 +57,7 @@ class InterplayVAE(Program):
     def __init__(
         self,
         decoders: Mapping[str, nn.Module],
-        likelihoods: Mapping[str, nn.Module],
+        likelihoods: Mapping[str, Callable[[torch.Tensor], TorchDistribution]],
         prior: InterplayPrior,
         *,
         name: str | None = None,
@@ -68,13 +65,15 @@ class InterplayVAE(Program):
         super().__init__(name)
         where = "InterplayVAE"
         self.decoders = modules_by_name(where, "decoders", decoders)
-        self.likelihoods = modules_by_name(where, "likelihoods", likelihoods)
         for what, given in {"decoders": decoders, "likelihoods": likelihoods}.items():
             if set(given) != set(prior.dims):
                 raise ValueError(
                     f"{where}: expected {what} of the prior's modalities {list(prior.dims)}, "
                     f"got {list(given)}. Give one for each."
                 )
+        self.likelihoods = nn.ModuleDict(
+            {n: as_module(where, f"likelihoods['{n}']", likelihoods[n]) for n in decoders}
+        )
         self.prior = prior
 
     def forward(self, batch: Batch, present: Present | None = None) -> dict[str, torch.Tensor]:
@@ -97,21 +96,7 @@ class InterplayVAE(Program):
         values: dict[str, torch.Tensor] = {}
         with pyro.plate("data", seen.num_rows):
             for name, z in self.prior().items():
-                if name in seen.values:
-                    values[name] = _observe(name, likelihoods[name](decoders[name](z)), seen)
-                elif name in seen.unknown:
-                    with poutine.mask(mask=False):
-                        fn = likelihoods[name](decoders[name](z))
-                        values[name] = pyro.sample(f"x_{name}", fn)
+                if name in seen.values or name in seen.unknown:
+                    fn = likelihoods[name](decoders[name](z))
+                    values[name] = observe("InterplayVAE", name, fn, seen)
         return values
-
-
-def _observe(name: str, fn: TorchDistribution, seen: Observed) -> torch.Tensor:
-    site, value, mask = f"x_{name}", seen.values[name], seen.masks[name]
-    check_data("InterplayVAE", f"batch['{name}']", value, tuple(fn.event_shape))
-    if is_validation_enabled():
-        masks = [m for m in (mask, get_mask()) if m is not None]
-        check_values("InterplayVAE", site, fn, value, reduce(and_, masks) if masks else None)
-    with Messenger() if mask is None else MaskMissingMessenger({site: mask}):
-        observed: torch.Tensor = pyro.sample(site, fn, obs=value)
-    return observed

@@ -1,23 +1,17 @@
 """Several modalities from a shared latent, any of them missing in any row."""
 
 from collections.abc import Callable, Mapping
-from functools import reduce
-from operator import and_
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from pyro.distributions.util import is_validation_enabled
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import get_mask
 from torch import nn
 
-from pyro_vae.checks import check_data, check_values
-from pyro_vae.handlers import MaskMissingMessenger
-from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of, where_seen
+from pyro_vae.modalities import Batch, Present, as_module, modules_by_name, observe, observed_of
 from pyro_vae.priors import StandardNormalPrior
 from pyro_vae.program import Program
 from pyro_vae.schedules import Weight, weight_of
@@ -38,8 +32,10 @@ class MultimodalVAE(Program):
     model, which is how it is generated; train without it. And ``present`` says it row by row;
     whatever stands in the batch in those rows, NaN for instance, is never looked at.
 
-    A row with nothing observed adds nothing to a bound or its gradient: its latents, and the
-    private ones of a modality it lacks, are masked in model and guide.
+    Latents about which a row says nothing are N(0, I) in the library's guides. With standard
+    normal priors a row with nothing observed therefore adds exactly nothing to a bound and its
+    gradient; with others it costs KL(N(0, I) || prior), so leave such rows out, and keep private
+    priors standard where their modality may be missing.
 
     Args:
         decoders: By modality, a network from codes ``(*sample, batch, dim)`` to
@@ -102,8 +98,10 @@ class MultimodalVAE(Program):
                 f"{where}: expected one likelihood for each of {list(decoders)}, got "
                 f"{list(likelihoods)}. Use the same names as in decoders."
             )
-        self.likelihoods = nn.ModuleDict({n: _as_module(likelihoods[n]) for n in decoders})
-        self.prior = prior
+        self.likelihoods = nn.ModuleDict(
+            {n: as_module(where, f"likelihoods['{n}']", likelihoods[n]) for n in decoders}
+        )
+        self.prior = as_module(where, "prior", prior)
         # Of Pyro's kind, so that parameters of a prior are named after this program.
         priors = {n: _private_prior(n, p) for n, p in _known(private, decoders, "private").items()}
         self.private: Any = PyroModule[nn.ModuleDict](priors)  # type: ignore[arg-type]
@@ -119,41 +117,32 @@ class MultimodalVAE(Program):
         Args:
             batch: Data by modality, ``(batch, *event)``, or ``None`` for what is to be drawn.
             present: By modality, bool ``(batch,)``: the rows in which it is observed.
+
+        Returns:
+            By modality, the data as given or as drawn, ``(*sample, batch, *event)``.
+
+        Raises:
+            TypeError: If an argument, or what is in it, has another type.
+            ValueError: If a modality is unknown, or data or masks do not fit.
         """
         seen = observed_of("MultimodalVAE", self.modalities, batch, present)
-        # Each time a program is asked for a network, it tells Pyro of all parameters in it.
+        # Each look at one of these attributes calls pyro.module on all that is in it.
         decoders, likelihoods, private = self.decoders, self.likelihoods, self.private
+        names = [n for n in self.modalities if n in seen.values or n in seen.unknown]
         values = {}
         with pyro.plate("data", seen.num_rows):
-            with where_seen(seen.anything):
-                shared = self.prior()
-            for name in self.modalities:
-                if name not in seen.values and name not in seen.unknown:
-                    continue
-                # What is not observed has no density, and a guide needs no site for it.
-                with Messenger() if name in seen.values else poutine.mask(mask=False):
-                    code = shared
-                    if name in private:
-                        with where_seen(seen.masks.get(name)):
-                            code = _joined(shared, private[name]())
-                    fn = likelihoods[name](decoders[name](code))
-                    values[name] = self._sample(name, fn, seen)
+            shared = self.prior()
+            codes = {}
+            for name in names:
+                codes[name] = shared
+                if name in private:  # Of what is only drawn, the latents are not a guide's either.
+                    with Messenger() if name in seen.values else poutine.mask(mask=False):
+                        codes[name] = _joined(shared, private[name]())
+            for name, code in codes.items():
+                fn = likelihoods[name](decoders[name](code))
+                with _Weighted(self.weights.get(name)):
+                    values[name] = observe("MultimodalVAE", name, fn, seen)
         return values
-
-    def _sample(self, name: str, fn: TorchDistribution, seen: Observed) -> torch.Tensor:
-        site, value = f"x_{name}", seen.values.get(name)
-        if value is None:
-            drawn: torch.Tensor = pyro.sample(site, fn)
-            return drawn
-        check_data("MultimodalVAE", f"batch['{name}']", value, tuple(fn.event_shape))
-        mask, outer = seen.masks[name], get_mask()
-        if is_validation_enabled():
-            masks = [m for m in (mask, outer) if m is not None]
-            check_values("MultimodalVAE", site, fn, value, reduce(and_, masks) if masks else None)
-        hidden = Messenger() if mask is None else MaskMissingMessenger({site: mask})
-        with _Weighted(self.weights.get(name)), hidden:
-            observed: torch.Tensor = pyro.sample(site, fn, obs=value)
-        return observed
 
 
 class _Weighted(Messenger):
@@ -166,21 +155,6 @@ class _Weighted(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if self._weight is not None and is_observed(msg):
             msg["scale"] = msg["scale"] * self._weight
-
-
-class _Function(nn.Module):
-    """A function where a module is wanted."""
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, *args: Any) -> Any:
-        return self.fn(*args)
-
-
-def _as_module(fn: Callable[..., Any]) -> nn.Module:
-    return fn if isinstance(fn, nn.Module) else _Function(fn)
 
 
 def _joined(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -208,4 +182,4 @@ def _private_prior(name: str, prior: Any) -> nn.Module:
             f"MultimodalVAE: expected the private prior of modality '{name}' to sample site "
             f"'{site}', got '{prior.site}'. Make it with site='{site}'."
         )
-    return _as_module(prior)
+    return as_module("MultimodalVAE", f"private['{name}']", prior)

@@ -15,7 +15,7 @@ from pyro_vae import (
 )
 from pyro_vae.evaluation import LogLikelihoodEstimate, importance_weighted_log_likelihood
 from pyro_vae.fit import fit
-from pyro_vae.handlers import scale_kl
+from pyro_vae.handlers import mask_missing, scale_kl
 from pyro_vae.history import History
 from pyro_vae.inference_data import to_inference_data
 
@@ -32,6 +32,7 @@ __all__ = [
     "importance_weighted_log_likelihood",
     "latents",
     "likelihoods",
+    "mask_missing",
     "models",
     "nets",
     "objectives",

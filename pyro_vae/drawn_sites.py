@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, Unit
 from pyro.poutine.messenger import Messenger
 
 from pyro_vae.densities import unchecked
@@ -16,14 +16,19 @@ __all__ = ["DrawMessenger", "moved_by", "unmasked"]
 
 
 class DrawMessenger(Messenger):
-    """Draws the sites of these names, whatever value is observed there."""
+    """Draws observed sites, whatever value they have. A factor has none to draw.
 
-    def __init__(self, names: Collection[str]) -> None:
+    Args:
+        names: Which sites; by default all.
+    """
+
+    def __init__(self, names: Collection[str] | None = None) -> None:
         super().__init__()
         self._names = names
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self._names and is_observed(msg):
+        wanted = self._names is None or msg["name"] in self._names
+        if wanted and is_observed(msg) and not isinstance(msg["fn"], Unit):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 

@@ -52,7 +52,7 @@ def product_of_normals(
     References:
         Hinton (2002), Training products of experts by minimizing contrastive divergence;
         Cao and Fleet (2014), Generalized product of experts, https://arxiv.org/abs/1410.7827;
-        Wu and Goodman (2018), Multimodal generative models, section 2.2,
+        Wu and Goodman (2018), Multimodal generative models
         https://arxiv.org/abs/1802.05335
     """
     if loc.dim() < 2 or loc.shape != scale.shape:
@@ -70,6 +70,12 @@ def product_of_normals(
     log_precision = -2 * scale.log()
     if log_weight is not None:
         log_precision = log_precision + log_weight
+        if log_precision.shape != loc.shape:
+            raise ValueError(
+                f"product_of_normals: expected log_weight that broadcasts with {tuple(loc.shape)}, "
+                f"(*batch, experts, dim), got {tuple(log_weight.shape)}. For one weight an expert "
+                "write log_weight.unsqueeze(-1)."
+            )
     if present is not None:
         log_precision = torch.where(present, log_precision, -torch.inf)
     share = log_precision.softmax(-2)
@@ -109,7 +115,7 @@ def mixture_log_prob(
         tensor([-1.5662, -3.0000])
 
     References:
-        Shi et al. (2019), Variational mixture-of-experts autoencoders, section 3,
+        Shi et al. (2019), Variational mixture-of-experts autoencoders,
         https://arxiv.org/abs/1911.03393
     """
     if log_prob.dim() < 1:

@@ -63,10 +63,19 @@ class MaskMissingMessenger(Messenger):
         mask = self._present.get(msg["name"])
         if mask is None:
             return
-        msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
         value, event_dim = msg["value"], msg["fn"].event_dim
-        shape = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
-        value = value.expand(shape + value.shape[value.dim() - event_dim :])
+        batch_shape = value.shape[: value.dim() - event_dim]
+        shape = torch.broadcast_shapes(batch_shape, msg["fn"].batch_shape)
+        if mask.dim() > len(shape) or any(
+            n not in (1, size) for n, size in zip(mask.shape[::-1], shape[::-1], strict=False)
+        ):
+            raise ValueError(
+                f"mask_missing: expected a mask of shape {tuple(shape)} for site '{msg['name']}', "
+                f"its batch shape, got {tuple(mask.shape)}. One entry stands for a whole datum of "
+                f"event shape {tuple(value.shape[len(batch_shape) :])}: write mask.all(-1), or "
+                "make single elements data of a plate."
+            )
+        msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
         mask = mask.reshape(mask.shape + (1,) * event_dim)
         msg["value"] = torch.where(mask, value, _legal(msg["fn"], value))
 
@@ -90,7 +99,8 @@ def mask_missing(
 
     Raises:
         TypeError: If a mask is not a bool tensor.
-        ValueError: After running, if ``present`` names a site that ``fn`` does not observe.
+        ValueError: If a mask does not fit the batch shape of its site; after running, if
+            ``present`` names a site that ``fn`` does not observe.
 
     Example:
         >>> import pyro, torch
@@ -115,7 +125,7 @@ def mask_missing(
 
 
 def _legal(fn: Any, value: torch.Tensor) -> torch.Tensor:
-    """A value with a finite density, of the shape of ``value``, wherever the support tells one.
+    """A value with a finite density, to stand in for a missing one: a fixed one, or a draw.
 
     A mask alone does not do: where the density of a missing value is NaN, so are its gradients.
     """
@@ -130,8 +140,8 @@ def _legal(fn: Any, value: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(value) + getattr(support, "lower_bound", 0)
     try:
         legal: torch.Tensor = transform_to(support)(torch.zeros_like(value))
-    except NotImplementedError:
-        return value
+    except (NotImplementedError, RuntimeError):  # A support without a map from the real numbers.
+        legal = fn.sample()
     return legal
 
 

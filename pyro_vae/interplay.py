@@ -9,22 +9,19 @@ family of its statistics, hence block Gibbs sampling. Evidence of data, exp(evid
 adds to the natural parameters, so that prior and posterior are of one kind.
 """
 
-import itertools
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import pad
 
 from pyro_vae.checks import check_at_least
-from pyro_vae.statistics import BernoulliStatistics, NormalStatistics, Statistics
+from pyro_vae.interplay_checks import check_evidence, check_natural, check_pair
+from pyro_vae.statistics import Statistics
 
 __all__ = ["Interplay"]
 
 Latents = dict[str, torch.Tensor]
-
-_MOST_BITS = 12  # Of the latents that are enumerated: 4096 states a row.
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,10 @@ class Interplay:
     :math:`-2 (\lambda_{i2} + \sum_j W_{ij}^2 / 2 g_{ij})` on its diagonal (W here from the square
     of i to the value of j), and elsewhere -W of two values where g = 0. (By Young's inequality
     each such W is outweighed by half of g and by a part of the square; two values are outweighed
-    wherever g > 0.)
+    wherever g > 0.) It is checked while the validation of ``torch.distributions`` is on.
+
+    Like a distribution, a joint is made anew after its parameters change: what
+    :meth:`log_partition` and :meth:`sample` have in common is worked out once.
 
     Args:
         statistics: Family of the latents.
@@ -57,6 +57,7 @@ class Interplay:
 
     Example:
         >>> natural = {"image": torch.zeros(2), "label": torch.zeros(1)}
+        >>> from pyro_vae.statistics import BernoulliStatistics
         >>> joint = Interplay(
         ...     BernoulliStatistics(), natural, {("image", "label"): torch.tensor([[1.0], [2.0]])}
         ... )
@@ -76,19 +77,17 @@ class Interplay:
     statistics: Statistics
     natural: Mapping[str, torch.Tensor]
     interaction: Mapping[tuple[str, str], torch.Tensor]
+    _unexpanded: "Interplay | None" = field(default=None, init=False, repr=False, compare=False)
+    _solutions: dict[bool, torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
-        for name, natural in self.natural.items():
-            if natural.dim() == 0 or not natural.shape[-1] or self._width(name) % self._per_dim:
-                raise ValueError(
-                    f"Interplay: expected {self._per_dim} natural parameters for each latent of "
-                    f"modality '{name}', got shape {tuple(natural.shape)}. Their last dimension is "
-                    f"{self._per_dim} * dim."
-                )
-        for (first, second), weight in self.interaction.items():
-            self._check_pair(first, second, weight)
-        if isinstance(self.statistics, NormalStatistics):
-            _check_normalisable(self)
+        widths = {name: check_natural(n, self._per_dim, name) for name, n in self.natural.items()}
+        for pair, weight in self.interaction.items():
+            check_pair(pair, weight, self.interaction, widths, self._per_dim)
+        if torch.distributions.Distribution._validate_args:
+            self.statistics.check(self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,12 +110,7 @@ class Interplay:
         It is for one modality, for normal statistics whose values alone interact, and for
         Bernoulli latents of which all but the largest modality have 12 dimensions at most.
         """
-        if len(self.names) == 1:
-            return True
-        if isinstance(self.statistics, NormalStatistics):
-            return self._is_linear
-        dims = [self.dim(name) for name in self.names]
-        return sum(dims) - max(dims) <= _MOST_BITS
+        return len(self.names) == 1 or self.statistics.is_exact(self)
 
     def tilted(self, evidence: Mapping[str, torch.Tensor]) -> "Interplay":
         """The joint times exp(sum_m evidence_m . T(z_m)); modalities left out have no evidence.
@@ -128,27 +122,44 @@ class Interplay:
             ValueError: If a modality is unknown or its evidence has a wrong width, or if no
                 normaliser is left.
         """
+        check_evidence(evidence, {name: self._width(name) for name in self.names})
         natural = dict(self.natural)
         for name, value in evidence.items():
-            if name not in natural or value.shape[-1] != self._width(name):
-                wanted = {name: self._width(name) for name in natural}
-                raise ValueError(
-                    f"Interplay.tilted: expected evidence of widths {wanted}, got "
-                    f"{tuple(value.shape)} for '{name}'. A network of a modality gives one "
-                    "number for each of its statistics."
-                )
             natural[name] = natural[name] + value
-        return Interplay(self.statistics, natural, self.interaction)
+        other = self.with_natural(natural)
+        if torch.distributions.Distribution._validate_args and not all(
+            self.statistics.keeps_normaliser(value) for value in evidence.values()
+        ):
+            self.statistics.check(other)
+        return other
 
     def expand(self, batch_shape: tuple[int, ...]) -> "Interplay":
         """The same joint for every row of a batch."""
         natural = {n: v.expand(*batch_shape, v.shape[-1]) for n, v in self.natural.items()}
-        return self._with(natural)
+        other = self.with_natural(natural)
+        object.__setattr__(other, "_unexpanded", self._solved)
+        return other
+
+    def with_natural(self, natural: Mapping[str, torch.Tensor]) -> "Interplay":
+        """The same interactions of modalities with these natural parameters; not checked again."""
+        other = object.__new__(Interplay)
+        new = {"natural": natural, "_unexpanded": None, "_solutions": {}}
+        for name, value in {**vars(self), **new}.items():
+            object.__setattr__(other, name, value)
+        return other
+
+    def pairs(self) -> list[tuple[tuple[str, str], torch.Tensor]]:
+        """The interactions between modalities that are left, as given."""
+        return [
+            ((m, n), w)
+            for (m, n), w in self.interaction.items()
+            if m in self.natural and n in self.natural
+        ]
 
     def given(self, z: Latents) -> "Interplay":
         """The joint of the other modalities, given the latents of some, ``(*batch, dim)``."""
         known = {name: self.statistics.of(value) for name, value in z.items()}
-        return self._with({n: self._field(n, known) for n in self.names if n not in z})
+        return self.with_natural({n: self._field(n, known) for n in self.names if n not in z})
 
     def log_density(self, z: Latents) -> torch.Tensor:
         """Log-density without its normaliser, nats, ``(*batch,)``."""
@@ -159,8 +170,10 @@ class Interplay:
         """The part of the log-density that couples modalities, nats, ``(*batch,)``."""
         known = {name: self.statistics.of(value) for name, value in z.items()}
         total = known[self.names[0]].new_zeros(())
-        for (first, second), weight in self._pairs():
-            total = total + (known[first] @ weight * known[second]).sum(-1)
+        for (first, second), weight in self.pairs():
+            rows, columns = weight.shape
+            pull = known[first][..., :rows] @ weight
+            total = total + (pull * known[second][..., :columns]).sum(-1)
         return total
 
     def sweep(self, z: Latents, strength: float = 1.0) -> Latents:
@@ -199,7 +212,7 @@ class Interplay:
 
         References:
             Neal (2001), Annealed importance sampling; Salakhutdinov and Murray (2008), On the
-            quantitative analysis of deep belief networks, section 4.
+            quantitative analysis of deep belief networks.
         """
         check_at_least("Interplay.annealed", "num_temperatures", num_temperatures, 1)
         joint = self.expand((*sample_shape, *self.batch_shape))
@@ -222,13 +235,7 @@ class Interplay:
         self._require_exact("log_partition")
         if len(self.names) == 1:
             return self.statistics.log_partition(self.natural[self.names[0]])
-        if isinstance(self.statistics, BernoulliStatistics):
-            return self._enumerated()[1].logsumexp(-1)
-        linear, chol = self._precision_chol()
-        half = torch.linalg.solve_triangular(chol, linear.unsqueeze(-1), upper=False)
-        log_det = chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = 0.5 * linear.shape[-1] * math.log(2 * math.pi)
-        return 0.5 * half.square().sum((-2, -1)) + constant - log_det
+        return self.statistics.log_partition_of(self, self._solution())
 
     def sample(self) -> Latents:
         """Exact samples, ``(*batch, dim)`` by modality; of normal latents with a gradient.
@@ -239,54 +246,26 @@ class Interplay:
         self._require_exact("sample")
         if len(self.names) == 1:
             return {name: self.statistics.draw(n) for name, n in self.natural.items()}
-        if isinstance(self.statistics, BernoulliStatistics):
-            states, log_density = self._enumerated()
-            index = torch.distributions.Categorical(logits=log_density.detach()).sample()
-            z = {name: state[index] for name, state in states.items()}
-            rest = self.given(z)
-            z |= {name: self.statistics.draw(n) for name, n in rest.natural.items()}
-            return {name: z[name] for name in self.names}
-        linear, chol = self._precision_chol()
-        half = torch.linalg.solve_triangular(chol, linear.unsqueeze(-1), upper=False)
-        noise = half + torch.randn_like(half)
-        joined = torch.linalg.solve_triangular(chol.mT, noise, upper=True).squeeze(-1)
-        values = joined.split([self.dim(name) for name in self.names], -1)
-        return dict(zip(self.names, values, strict=True))
+        return self.statistics.sample_of(self, self._solution())
 
     @property
     def _per_dim(self) -> int:
         return self.statistics.per_dim
 
     @property
-    def _is_linear(self) -> bool:
-        """Whether the shapes of all W say that only values interact."""
-        return all(
-            tuple(w.shape) == (self.dim(m), self.dim(n))
-            for (m, n), w in self.interaction.items()
-            if m in self.natural and n in self.natural
-        )
+    def _solved(self) -> "Interplay":
+        """The joint that this one was expanded from, or itself."""
+        return self if self._unexpanded is None else self._unexpanded
+
+    def _solution(self) -> torch.Tensor:
+        """What log-partition and samples have in common, worked out once with its gradient."""
+        joint, with_gradient = self._solved, torch.is_grad_enabled()
+        if with_gradient not in joint._solutions:
+            joint._solutions[with_gradient] = joint.statistics.solve(joint)
+        return joint._solutions[with_gradient]
 
     def _width(self, name: str) -> int:
         return self.natural[name].shape[-1]
-
-    def _with(self, natural: dict[str, torch.Tensor]) -> "Interplay":
-        """One that has a normaliser because this one has; not checked again."""
-        other = object.__new__(Interplay)
-        for field, value in vars(self).items():
-            object.__setattr__(other, field, value)
-        object.__setattr__(other, "natural", natural)
-        return other
-
-    def _pairs(self) -> list[tuple[tuple[str, str], torch.Tensor]]:
-        """The W between modalities that are left, of full width."""
-        return [
-            (
-                (m, n),
-                pad(w, (0, self._width(n) - w.shape[1], 0, self._width(m) - w.shape[0])),
-            )
-            for (m, n), w in self.interaction.items()
-            if m in self.natural and n in self.natural
-        ]
 
     def _field(self, name: str, known: Latents, strength: float = 1.0) -> torch.Tensor:
         """Natural parameters of a modality given the statistics of others."""
@@ -298,8 +277,8 @@ class Interplay:
                 other = known[first]
             else:
                 continue
-            field = other[..., : weight.shape[0]] @ weight
-            total = total + strength * pad(field, (0, width - weight.shape[1]))
+            pull = other[..., : weight.shape[0]] @ weight
+            total = total + strength * pad(pull, (0, width - weight.shape[1]))
         return total
 
     def _require_exact(self, what: str) -> None:
@@ -310,105 +289,3 @@ class Interplay:
                 f"{type(self.statistics).__name__} of dimensions {dims}. Estimate it with "
                 "annealed(num_temperatures)."
             )
-
-    def _enumerated(self) -> tuple[Latents, torch.Tensor]:
-        """All states of all modalities but the largest, ``(states, dim)``; its sum over that one.
-
-        The log-density of the states is without normaliser, ``(*batch, states)``.
-        """
-        summed = max(self.names, key=self.dim)
-        rest = [name for name in self.names if name != summed]
-        dims = [self.dim(name) for name in rest]
-        like = self.natural[summed]
-        bits = list(itertools.product((0.0, 1.0), repeat=sum(dims)))
-        table = torch.tensor(bits, dtype=like.dtype, device=like.device)
-        states = dict(zip(rest, table.split(dims, -1), strict=True))
-        joint = self._with({n: v.unsqueeze(-2) for n, v in self.natural.items()})
-        of_rest = joint._with({name: joint.natural[name] for name in rest})
-        of_summed = self.statistics.log_partition(joint.given(states).natural[summed])
-        return states, of_rest.log_density(states) + of_summed
-
-    def _precision_chol(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Linear natural parameters and the factor of the precision of a normal joint."""
-        both = [self.natural[name].chunk(2, -1) for name in self.names]
-        shape = self.batch_shape
-        linear, quadratic = (
-            torch.cat([part[k].expand(*shape, part[k].shape[-1]) for part in both], -1)
-            for k in (0, 1)
-        )
-        precision = (-2 * quadratic).diag_embed() - self._matrix(0, 0)
-        return linear, torch.linalg.cholesky(precision)
-
-    def _matrix(self, row: int, column: int) -> torch.Tensor:
-        """W from one power of all normal latents to another, ``(latents, latents)``.
-
-        Args:
-            row: 0 for the values, 1 for the squares.
-            column: The same.
-        """
-        start, total = {}, 0
-        for name in self.names:
-            start[name] = total
-            total += self.dim(name)
-        matrix = self.natural[self.names[0]].new_zeros(total, total)
-        for (m, n), w in self._pairs():
-            for (first, second), weight in {(m, n): w, (n, m): w.mT}.items():
-                i, j, size_i, size_j = (
-                    start[first],
-                    start[second],
-                    self.dim(first),
-                    self.dim(second),
-                )
-                block = weight.unflatten(0, (2, size_i)).unflatten(-1, (2, size_j))
-                matrix[i : i + size_i, j : j + size_j] = block[row, :, column]
-        return matrix
-
-    def _check_pair(self, first: str, second: str, weight: torch.Tensor) -> None:
-        pair = f"('{first}', '{second}')"
-        if first == second or first not in self.natural or second not in self.natural:
-            raise ValueError(
-                f"Interplay: expected interactions between two of the modalities "
-                f"{list(self.names)}, got {pair}. A modality does not act on itself."
-            )
-        if (second, first) in self.interaction:
-            raise ValueError(
-                f"Interplay: expected one W for each pair of modalities, got {pair} and its "
-                "reverse. Add the transpose of one to the other."
-            )
-        full = (self._width(first), self._width(second))
-        wanted = {full, (self.dim(first), self.dim(second))}
-        if tuple(weight.shape) not in wanted:
-            raise ValueError(
-                f"Interplay: expected W of {pair} of shape {' or '.join(map(str, sorted(wanted)))}"
-                f", got {tuple(weight.shape)}. Rows belong to the first modality of the pair, "
-                "columns to the second."
-            )
-
-
-@torch.no_grad()
-def _check_normalisable(joint: Interplay) -> None:
-    """Raises unless a sufficient condition for a normaliser holds, see :class:`Interplay`."""
-    names, shape = joint.names, joint.batch_shape
-    halves = [joint.natural[n].chunk(2, -1)[1] for n in names]
-    quadratic = torch.cat([h.expand(*shape, h.shape[-1]) for h in halves], -1)
-    problem = None
-    if not (quadratic < 0).all():
-        problem = f"a natural parameter of a square of {float(quadratic.max()):g}, which is not < 0"
-    else:
-        damping, mixed, values = -joint._matrix(1, 1), joint._matrix(1, 0), joint._matrix(0, 0)
-        if (damping < 0).any():
-            problem = "a W of two squares above 0"
-        elif ((damping == 0) & ((mixed != 0) | (mixed.mT != 0))).any():
-            problem = "a W of a square and a value without one of the two squares below 0"
-        else:
-            cost = torch.where(mixed == 0, mixed, mixed.square() / (2 * damping)).sum(-1)
-            precision = (-2 * (quadratic + cost)).diag_embed()
-            precision = precision - torch.where(damping == 0, values, 0.0)
-            if torch.linalg.cholesky_ex(precision).info.any():
-                problem = "interactions too strong for the natural parameters of the squares"
-    if problem:
-        raise ValueError(
-            f"Interplay: expected natural parameters and W of normal statistics for which the "
-            f"density has a normaliser, got {problem}. Weaken W or lower the natural parameters "
-            "of the squares, or take them from pyro_vae.models.InterplayPrior."
-        )

@@ -68,7 +68,7 @@ class InterplayPrior(Program):
 
     References:
         Welling, Rosen-Zvi and Hinton (2005), Exponential family harmoniums with an application
-        to information retrieval, section 2. There one side is data; here both are latent.
+        to information retrieval. There one side is data; here both are latent.
     """
 
     def __init__(

@@ -7,11 +7,9 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from torch.distributions import constraints
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.interplay import Interplay
-from pyro_vae.statistics import NormalStatistics
 
 __all__ = ["Chain", "InterplayMarginal", "Unnormalised", "sample_interplay"]
 
@@ -85,9 +83,7 @@ class InterplayMarginal(TorchDistribution):
     @property
     def support(self) -> Any:
         """Where a latent may lie."""
-        if isinstance(self.joint.statistics, NormalStatistics):
-            return constraints.real_vector
-        return constraints.independent(constraints.boolean, 1)
+        return self.joint.statistics.support
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "InterplayMarginal":
         """The same for every row of a batch."""

@@ -1,19 +1,34 @@
 """Which modalities of a batch are observed in which rows. Nothing here changes the batch."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from operator import or_
+from operator import and_
 from typing import Any
 
+import pyro
 import torch
-from pyro.poutine.mask_messenger import MaskMessenger
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.distributions.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import get_mask
 from torch import nn
 
-from pyro_vae.checks import check_batch
+from pyro_vae.checks import check_batch, check_data, check_values
+from pyro_vae.handlers import MaskMissingMessenger
 
-__all__ = ["Batch", "Observed", "Present", "modules_by_name", "observed_of", "where_seen"]
+__all__ = [
+    "Batch",
+    "Observed",
+    "Present",
+    "as_module",
+    "check_names",
+    "check_row_mask",
+    "modules_by_name",
+    "observe",
+    "observed_of",
+]
 
 Batch = Mapping[str, torch.Tensor | None]
 """Data by modality, ``(batch, *event)`` each. A missing key or ``None``: not observed."""
@@ -49,15 +64,6 @@ class Observed:
             mask.reshape(mask.shape + (1,) * (value.dim() - 1)), value, value.new_zeros(())
         )
 
-    @property
-    def anything(self) -> torch.Tensor | None:
-        """Rows in which a modality is observed, ``(batch,)``; ``None`` for all of them."""
-        if any(mask is None for mask in self.masks.values()):
-            return None
-        nothing = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
-        masks = [mask for mask in self.masks.values() if mask is not None]
-        return reduce(or_, masks, nothing)
-
     def mask(self, name: str) -> torch.Tensor:
         """Rows in which a modality is observed, bool, ``(batch,)``."""
         mask = self.masks[name]
@@ -67,13 +73,13 @@ class Observed:
 
 
 def observed_of(
-    where: str, names: Collection[str], batch: Batch, present: Present | None = None
+    where: str, names: Collection[str] | None, batch: Batch, present: Present | None = None
 ) -> Observed:
     """Reads the arguments of a multimodal program.
 
     Args:
         where: The program, for the messages.
-        names: Its modalities.
+        names: Its modalities; ``None`` for every key of ``batch`` and ``present``.
         batch: Data by modality.
         present: Rows in which they are observed.
 
@@ -83,9 +89,13 @@ def observed_of(
         ValueError: If a modality is unknown; numbers of rows differ; a mask has another shape;
             a mask says that data are observed which are not given; or there are no rows.
     """
-    _check_mapping(where, "batch", batch, names)
     present = {} if present is None else present
-    _check_mapping(where, "present", present, names)
+    _check_mapping(where, "batch", batch)
+    _check_mapping(where, "present", present)
+    if names is None:
+        names = list(dict.fromkeys([*batch, *present]))
+    for what, keys in {"batch": batch, "present": present}.items():
+        check_names(where, what, keys, names)
     values: dict[str, torch.Tensor] = {}
     for name in names:
         value = batch.get(name)
@@ -94,13 +104,13 @@ def observed_of(
             values[name] = value
     lengths = {f"batch['{name}']": len(value) for name, value in values.items()}
     for name, mask in present.items():
-        _check_mask(where, name, mask)
+        check_row_mask(where, f"present['{name}']", mask)
         lengths[f"present['{name}']"] = len(mask)
     if not lengths:
         raise ValueError(
-            f"{where}: expected data of at least one of the modalities {list(names)}, got none, "
-            "so that the number of rows is not known. For rows with nothing observed pass masks: "
-            f"present={{'{next(iter(names))}': torch.zeros(num_rows, dtype=torch.bool)}}."
+            f"{where}: expected data of at least one modality{_among(names)}, got none, so that "
+            "the number of rows is not known. For rows with nothing observed pass masks: "
+            f"present={{'{next(iter(names), 'image')}': torch.zeros(num_rows, dtype=torch.bool)}}."
         )
     (first, num_rows), *others = lengths.items()
     for other, length in others:
@@ -122,13 +132,17 @@ def observed_of(
     return Observed(num_rows, values, masks, unknown, device)
 
 
-def _check_mapping(where: str, what: str, value: Any, names: Collection[str]) -> None:
+def _check_mapping(where: str, what: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(
             f"{where}: expected {what} to be a mapping from modality to tensor, got "
-            f"{type(value).__name__}. Write {{'{next(iter(names))}': ...}}."
+            f"{type(value).__name__}. Write {{'image': ...}}."
         )
-    for name in value:
+
+
+def check_names(where: str, what: str, given: Iterable[str], names: Collection[str]) -> None:
+    """Raises if one of ``given`` is not among the modalities ``names``."""
+    for name in given:
         if name not in names:
             raise ValueError(
                 f"{where}: expected modalities among {list(names)} in {what}, got {name!r}. "
@@ -136,27 +150,96 @@ def _check_mapping(where: str, what: str, value: Any, names: Collection[str]) ->
             )
 
 
-def _check_mask(where: str, name: str, mask: Any) -> None:
+def _among(names: Collection[str]) -> str:
+    return f" among {list(names)}" if names else ""
+
+
+def check_row_mask(where: str, what: str, mask: Any) -> None:
+    """Raises unless ``mask`` says something about each row: bool, ``(batch,)``."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise TypeError(
-            f"{where}: expected present['{name}'] to be a bool tensor of shape (batch,), got "
-            f"{got}. Write torch.tensor([True, False, ...])."
+            f"{where}: expected {what} to be a bool tensor of shape (batch,), got {got}. Write "
+            "torch.tensor([True, False, ...])."
         )
     if mask.dim() != 1 or not len(mask):
         raise ValueError(
-            f"{where}: expected present['{name}'] of shape (batch,) with at least one row, got "
-            f"{tuple(mask.shape)}. It says for each row whether the modality is observed."
+            f"{where}: expected {what} of shape (batch,) with at least one row, got "
+            f"{tuple(mask.shape)}. It has one entry for each row."
         )
 
 
-def where_seen(mask: torch.Tensor | None) -> Any:
-    """Hides latents in the rows that say nothing about them, on both sides alike."""
-    return Messenger() if mask is None else MaskMessenger(mask)  # type: ignore[arg-type]
+class _Function(nn.Module):
+    """A function where a module is wanted."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+def as_module(where: str, what: str, fn: Any) -> nn.Module:
+    """A module, or a function wrapped in one.
+
+    Raises:
+        TypeError: If ``fn`` cannot be called.
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"{where}: expected {what} to be a module or a function, got {type(fn).__name__}. See "
+            "the docstring for what it is called with."
+        )
+    return fn if isinstance(fn, nn.Module) else _Function(fn)
+
+
+def observe(where: str, name: str, fn: TorchDistribution, seen: Observed) -> torch.Tensor:
+    """The site ``"x_<modality>"`` of what a row has of a modality; drawn where that is unknown.
+
+    Args:
+        where: The model, for the messages.
+        name: The modality.
+        fn: Its distribution.
+        seen: The batch.
+
+    Returns:
+        The data as given, or what was drawn: ``(*sample, batch, *event)``.
+
+    Raises:
+        ValueError: If the data do not fit the distribution.
+    """
+    site, value = f"x_{name}", seen.values.get(name)
+    if value is None:  # Without density, and a guide needs no site for it.
+        with poutine.mask(mask=False):
+            drawn: torch.Tensor = pyro.sample(site, fn)
+        return drawn
+    try:
+        check_data(where, f"batch['{name}']", value, tuple(fn.event_shape))
+    except ValueError as err:
+        if value.dim() <= len(fn.event_shape):
+            err.add_note(
+                "The likelihood counts those dimensions as one datum: a single number or label "
+                "for each row takes event_dim=0, Categorical(event_dim=0) for instance."
+            )
+        raise
+    mask, outer = seen.masks[name], get_mask()
+    if is_validation_enabled():
+        masks = [m for m in (mask, outer) if m is not None]
+        try:
+            check_values(where, site, fn, value, reduce(and_, masks) if masks else None)
+        except ValueError as err:
+            err.add_note(f"Say in which rows it is missing with present={{'{name}': mask}}.")
+            raise
+    with Messenger() if mask is None else MaskMissingMessenger({site: mask}):
+        observed: torch.Tensor = pyro.sample(site, fn, obs=value)
+    return observed
 
 
 def modules_by_name(where: str, what: str, modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
     """Modules by modality, with a plain message where there is none or torch refuses a name."""
+    if isinstance(modules, nn.ModuleDict):
+        modules = dict(modules.items())
     if not isinstance(modules, Mapping) or not modules:
         got = "none" if isinstance(modules, Mapping) else type(modules).__name__
         raise ValueError(

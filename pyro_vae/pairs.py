@@ -282,3 +282,12 @@ def _check_batch_shape(name: str, site: Site, where: str) -> None:
                 f"batch shape {tuple(shape)} where dimension {dim} has no plate. Was "
                 f"`.to_event(1)` forgotten? It declares the dimensions of one datum."
             )
+    mask = site["mask"]
+    of_mask = tuple(mask.shape) if isinstance(mask, torch.Tensor) else ()
+    for dim in range(-len(of_mask), 0):
+        if of_mask[dim] != 1 and dim not in plated:
+            raise ValueError(
+                f"{where}: expected a mask over the plates around site '{name}', got one of shape "
+                f"{of_mask} where dimension {dim} has no plate. It has one entry for a whole "
+                "datum: write mask.all(-1) for one that has an entry for each of its elements."
+            )

@@ -23,6 +23,7 @@ from pyro_vae.links import Links
 from pyro_vae.pairs import Pair, common_plates, trace_pair
 from pyro_vae.strata import Strata
 from pyro_vae.traces import (
+    DataPlates,
     Plate,
     Site,
     frames,
@@ -105,16 +106,19 @@ class _Plan:
     Attributes:
         nesting: How many dimensions the plates of both programs take.
         vectorize: Whether particles run at once.
+        data_dims: Dimensions of the plates around all random sites of both programs.
         structures: Of the traces for which this is known to be right.
     """
 
     nesting: int
     vectorize: bool
+    data_dims: tuple[int, ...]
     structures: set[frozenset[Any]]
 
     def fits(self, other: "_Plan") -> bool:
         """Whether both run the programs in the same way."""
-        return (self.nesting, self.vectorize) == (other.nesting, other.vectorize)
+        first, second = ((plan.nesting, plan.vectorize, plan.data_dims) for plan in (self, other))
+        return first == second
 
 
 class Runner:
@@ -167,7 +171,7 @@ class Runner:
             if vectorize is None:
                 vectorize = self._num_particles > 1 and self._broadcast(pair, args, kwargs)
         vectorize = vectorize and self._num_particles > 1
-        plan = _Plan(pair.max_plate_nesting, vectorize, set())
+        plan = _Plan(pair.max_plate_nesting, vectorize, _common_plates(pair).dims, set())
         form = _form(args, kwargs)
         known = self._plans.get(form)
         if known is not None and known.fits(plan):
@@ -223,7 +227,9 @@ class Runner:
     ) -> list[Run]:
         at_once = num_particles if plan.vectorize else 1
         rows = poutine.Trace()  # Of subsampled plates: all particles see the same.
-        strata = Strata(num_particles, -1 - plan.nesting, training=True) if stratified else None
+        strata = None
+        if stratified:
+            strata = Strata(num_particles, -1 - plan.nesting, plan.data_dims, training=True)
         runs = []
         for first in range(0, num_particles, at_once):
             if strata is not None:
@@ -292,10 +298,7 @@ class Runner:
                 fixed.nodes[name] = site
         for name in sites_of(fixed, is_random):
             fixed.remove_node(name)
-        plates = common_plates(
-            map(frames, sites_of(pair.model_trace, is_random).values()),
-            map(frames, pair.guide_sites.values()),
-        )
+        plates = _common_plates(pair)
 
         def program(of: Callable[..., Any], role: str) -> VectorisedProgram:
             def bound() -> Any:
@@ -350,6 +353,14 @@ def _ranks_of_batch_norm() -> Iterator[dict[nn.Module, set[int]]]:
         yield ranks
     finally:
         hook.remove()
+
+
+def _common_plates(pair: Pair) -> DataPlates:
+    """The plates around all random sites of both programs."""
+    return common_plates(
+        map(frames, sites_of(pair.model_trace, is_random).values()),
+        map(frames, pair.guide_sites.values()),
+    )
 
 
 def _require_all_in_guide(pair: Pair, where: str) -> None:

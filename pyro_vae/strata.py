@@ -1,5 +1,6 @@
 """Draws of a mixture guide in proportion to its components, for less noise than chance leaves."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ __all__ = ["Strata", "stratified_sample"]
 class Strata(Messenger):
     """Spreads the particles of a guide over the components of its first mixture in proportion.
 
-    Only of the first: two mixtures in step would not be independent.
+    Only of the first, and only where it has one value a datum: two mixtures in step, or two
+    values of one, would not be independent.
 
     Args:
         num_particles: How many particles there are in all.
         dim: Their dimension, negative, where several run at once.
+        data_dims: The dimensions of the data plates, negative.
         training: Whether gradients are wanted, of which only a ``FixedNormalMixture`` keeps the
             right ones.
 
@@ -27,9 +30,12 @@ class Strata(Messenger):
         first: Number of the first particle of the next run.
     """
 
-    def __init__(self, num_particles: int, dim: int, *, training: bool = False) -> None:
+    def __init__(
+        self, num_particles: int, dim: int, data_dims: Collection[int], *, training: bool = False
+    ) -> None:
         super().__init__()
         self.first = 0
+        self._dims = {dim, *data_dims}
         self._kind = FixedNormalMixture if training else MixtureSameFamily
         self._num_particles, self._dim = num_particles, dim
         self._offset: torch.Tensor | None = None
@@ -39,7 +45,7 @@ class Strata(Messenger):
         fn, num = msg["fn"], self._num_particles
         if not is_latent(msg) or msg["done"] or not isinstance(fn, self._kind):
             return
-        if not can_stratify(fn) or self._site not in (None, msg["name"]):
+        if not can_stratify(fn, self._dims) or self._site not in (None, msg["name"]):
             return
         self._site = msg["name"]
         missing = -self._dim - len(fn.batch_shape)
@@ -66,12 +72,15 @@ def stratified_sample(fn: Any, num: int) -> torch.Tensor:
     return _draw(fn.expand((num, *fn.batch_shape)), position, offset)
 
 
-def can_stratify(fn: Any) -> bool:
-    """Whether a distribution is a mixture whose weights have no gradient.
+def can_stratify(fn: Any, dims: Collection[int]) -> bool:
+    """Whether a distribution is a mixture, with no more batch dimensions than these.
 
-    That of the weights would be lost: how many particles a component gets has none.
+    The gradient of learnt weights would be lost: how many particles a component gets has none.
     """
     if not isinstance(fn, MixtureSameFamily):
+        return False
+    shape = fn.batch_shape
+    if any(shape[dim] != 1 and dim not in dims for dim in range(-len(shape), 0)):
         return False
     return not (torch.is_grad_enabled() and fn.mixture_distribution.logits.requires_grad)
 

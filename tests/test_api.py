@@ -18,6 +18,7 @@ NAMES = {
         "LogLikelihoodEstimate",
         "fit",
         "importance_weighted_log_likelihood",
+        "mask_missing",
         "scale_kl",
         "to_inference_data",
     ],

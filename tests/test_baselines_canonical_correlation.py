@@ -299,7 +299,9 @@ def test_data_that_do_not_fit_are_refused() -> None:
     x, y = views()
     with pytest.raises(ValueError, match=r"as many rows in `x` as in `y`, got 80 and 79"):
         canonical_correlation(x, y[1:], 2)
-    with pytest.raises(ValueError, match=r"canonical_correlation, view 'b': .* got \(80,\)"):
+    with pytest.raises(
+        ValueError, match=r"canonical_correlation: expected `y` of shape .* got \(80,\)"
+    ):
         canonical_correlation(x, y[:, 0], 2, names=("a", "b"))
     with pytest.raises(ValueError, match=r"`latent_dim` between 1 and 4, got 5. There are no more"):
         canonical_correlation(x, y, 5)

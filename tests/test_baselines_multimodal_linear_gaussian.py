@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_vae.baselines import LinearGaussianFit, MultimodalLinearGaussian
+from pyro_vae.baselines._whitened import Whitened
 from pyro_vae.evaluation import importance_weighted_log_likelihood
 
 Tensors = dict[str, Tensor]
@@ -266,6 +267,27 @@ def test_conditionals_do_not_lose_the_digits_that_differences_lose() -> None:
     assert (difference - exact).abs().max() > ours
 
 
+def test_noise_is_factored_once_a_call_however_many_patterns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, factored = arbitrary(), []
+    missing, present = mixed_patterns(model.sample(64))
+    of = Whitened.of
+
+    def counted(value: Tensor, *parameters: Tensor) -> Whitened:
+        factored.append(value)
+        return of(value, *parameters)
+
+    monkeypatch.setattr(Whitened, "of", staticmethod(counted))
+    for call in (
+        lambda: model.conditional_log_prob(missing, ["sound"], present),
+        lambda: model.posterior(missing, present),
+    ):
+        factored.clear()
+        call()
+        assert len(factored) == sum(value is not None for value in missing.values())
+
+
 def test_parameters_have_gradients() -> None:
     model = arbitrary(latent_dim=2)
     missing, present = mixed_patterns(model.sample(8))
@@ -410,6 +432,16 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     assert model.log_prob(batch | {"text": bad}, present).isfinite().all()
 
 
+def test_a_number_of_samples_that_cannot_be() -> None:
+    model, some = arbitrary(), 2.0
+    with pytest.raises(
+        ValueError, match=r"sample: expected num_samples >= 1, got 0. Pass num_samp"
+    ):
+        model.sample(0)
+    with pytest.raises(TypeError, match=r"sample: expected an integer num_samples, got float"):
+        model.sample(some)  # type: ignore[arg-type]
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     model = arbitrary()
     batch = model.sample(4)
@@ -421,6 +453,8 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         model.conditional_log_prob(batch, {"text": torch.ones(4)})
     with pytest.raises(TypeError, match=r"given\['text'\] to be a bool .* got list"):
         model.conditional_log_prob(batch, {"text": [True] * 4})
+    with pytest.raises(ValueError, match=r"given\['text'\] of shape \(batch,\) .* got \(4, 1\)"):
+        model.conditional_log_prob(batch, {"text": torch.ones(4, 1, dtype=torch.bool)})
     with pytest.raises(ValueError, match=r"given\['text'\] of shape \(4,\), .* got \(3,\)"):
         model.conditional_log_prob(batch, {"text": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(TypeError, match=r"a collection of names .* got str. Pass \['image'\]"):

@@ -452,7 +452,11 @@ def refused(error: type[Exception], message: str, **changes: Any) -> None:
     ("error", "message", "changes"),
     [
         (TypeError, r"batch to be a mapping .*, got Tensor", {"batch": torch.zeros(3)}),
-        (ValueError, r"at least two modalities in the batch, got \['a'\]", {"batch": {"a": 1}}),
+        (
+            ValueError,
+            r"at least two modalities in the batch, got \['a'\]",
+            {"batch": {"a": torch.ones(8)}},
+        ),
         (ValueError, r"real data .* None for 'a'", {"batch": {"a": None, "b": torch.ones(2)}}),
         (TypeError, r"labels to be a tensor of integers, got list", {"labels": [1] * 8}),
         (TypeError, r"labels .* integers, got torch.float32", {"labels": torch.ones(8)}),

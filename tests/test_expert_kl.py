@@ -262,7 +262,7 @@ def test_programs_and_batches_that_do_not_fit() -> None:
     objective = TraceExpertKL_ELBO(1.0)
     with pytest.raises(TypeError, match="expected batch to be a mapping .*, got Tensor"):
         objective.loss(plain_model, plain_guide, torch.zeros(3))
-    with pytest.raises(TypeError, match="expected batch to be a mapping .*, got none"):
+    with pytest.raises(TypeError, match="expected batch to be a mapping .*, got NoneType"):
         objective.loss(plain_model, plain_guide)
 
     def model(batch: Any) -> None:

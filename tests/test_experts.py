@@ -10,6 +10,12 @@ from pyro_vae.experts import mixture_log_prob, product_of_normals
 SHAPE = (6, 4, 3)  # rows, experts, dimensions
 
 
+def test_log_weights_that_would_widen_the_experts() -> None:
+    loc = torch.zeros(4, 3, 1)
+    with pytest.raises(ValueError, match=r"expected log_weight that broadcasts with \(4, 3, 1\)"):
+        product_of_normals(loc, loc + 1, log_weight=torch.zeros(3))
+
+
 def experts(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     loc, scale = torch.randn(SHAPE).to(dtype), (0.6 * torch.randn(SHAPE)).exp().to(dtype)
     return loc, scale

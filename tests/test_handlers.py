@@ -428,6 +428,12 @@ SITES: dict[str, tuple[Callable[[torch.Tensor], Any], Any]] = {
     "Pareto": (lambda p: dist.Pareto(1 + 0 * p, p.exp()), 1.7),
     "von Mises": (lambda p: dist.VonMises(p, p.exp()), 0.4),
     "geometric": (lambda p: dist.Geometric(logits=p), 2.0),
+    "mixture": (
+        lambda p: dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(5, 2)), dist.Normal(torch.stack([p, -p], -1), 1.0)
+        ),
+        0.4,
+    ),
     "discrete uniform": (lambda p: dist.Categorical(logits=p.unsqueeze(-1).expand(5, 3)), 1.0),
 }
 
@@ -609,3 +615,17 @@ def test_bad_calls_of_mask_missing() -> None:
             mask_missing(model, {"x": ROWS, name: ROWS})()
     with pytest.raises(RuntimeError, match="the user's own"):
         mask_missing(model, {"x": ROWS})(fail=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 1), (4,), (1, 5, 1)])
+def test_masks_of_another_shape(shape: tuple[int, ...]) -> None:
+    """One entry a datum: a mask by element would count each datum several times."""
+    mask = torch.ones(shape, dtype=torch.bool)
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", 5):
+            pyro.sample("x", dist.Normal(torch.zeros(5, 3), 1.0).to_event(1), obs=x)
+
+    match = r"expected a mask of shape \(5,\) for site 'x', its batch shape, got .*mask.all\(-1\)"
+    with pytest.raises(ValueError, match=match):
+        mask_missing(model, {"x": mask})(torch.zeros(5, 3))

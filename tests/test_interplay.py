@@ -24,8 +24,9 @@ from pyro_vae.latents import reconstruct
 from pyro_vae.likelihoods import Bernoulli, Normal
 from pyro_vae.models.interplay import InterplayVAE
 from pyro_vae.nets import MLP
-from pyro_vae.objectives.interplay import TraceInterplay_ELBO
-from pyro_vae.statistics import BernoulliStatistics, NormalStatistics
+from pyro_vae.objectives.interplay import TraceInterplay_ELBO, _anything_observed
+from pyro_vae.objectives.weighted_draws import WeightedDraws
+from pyro_vae.statistics import BernoulliStatistics, NormalStatistics, Statistics
 
 close = torch.testing.assert_close
 Kind = Literal["normal", "normal-squares", "bernoulli"]
@@ -194,6 +195,38 @@ def test_normal_exact_samples_gibbs_samples_and_annealed_weights() -> None:
         within(drawn.unsqueeze(-1) * drawn.unsqueeze(-2), second)
     _, log_weight = joint.annealed(10, (20_000,))
     within((log_weight - joint.log_partition()).exp(), torch.ones(()))
+
+
+@pytest.mark.parametrize("kind", ["normal", "binary"])
+def test_what_samples_and_the_log_partition_share_is_worked_out_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a gradient apart, also where a joint was expanded."""
+    joint = normal(3)[0] if kind == "normal" else binary(3)
+    natural = {n: v.clone().requires_grad_() for n, v in joint.natural.items()}
+    joint = Interplay(joint.statistics, natural, joint.interaction)
+    solved: list[Interplay] = []
+    solve = type(joint.statistics).solve
+
+    def counted(self: Statistics, joint: Interplay) -> torch.Tensor:
+        solved.append(joint)
+        return solve(self, joint)
+
+    monkeypatch.setattr(type(joint.statistics), "solve", counted)
+    with torch.no_grad():
+        wide = joint.expand((4, 3))
+        for _ in range(2):
+            assert wide.sample()["a"].shape == (4, 3, 2)
+            assert wide.expand((5, 4, 3)).log_partition().shape == (5, 4, 3)
+    assert [each is joint for each in solved] == [True]
+    value = joint.log_partition()
+    close(wide.log_partition(), value.expand(4, 3))
+    wide.sample()
+    assert len(solved) == 2
+    # Expected statistics, in spite of what was worked out without a gradient before.
+    (grad,) = torch.autograd.grad(value.sum(), natural["a"])
+    draws = {n: z.detach() for n, z in joint.expand((20_000, 3)).sample().items()}
+    within(joint.statistics.of(draws["a"]), grad)
 
 
 # ---------------------------------------------------------------- normal, squares interact
@@ -613,10 +646,76 @@ def test_sites_of_a_run(kind: Kind) -> None:
     assert [f.name for f in trace.nodes["z_a"]["cond_indep_stack"]] == ["data"]
 
 
-def test_with_nothing_observed_the_guide_is_the_prior() -> None:
-    model, guide = pair("bernoulli")
-    batch, nothing = batch_of(), {n: torch.zeros(3, dtype=torch.bool) for n in ("a", "b")}
-    assert abs(TraceInterplay_ELBO(3).loss(model, guide, batch, nothing)) < 1e-12
+NOTHING = {n: torch.zeros(3, dtype=torch.bool) for n in ("a", "b")}
+
+
+@pytest.mark.parametrize("kind", ["normal", "bernoulli"])
+def test_with_nothing_observed_the_guide_is_the_prior(kind: Kind) -> None:
+    model, guide = pair(kind)
+    of_guide, of_model = (traced(program, batch_of(), NOTHING) for program in (guide, model))
+    joint = of_guide.nodes["z_a"]["fn"].joint
+    for name, natural in model.prior.joint().natural.items():
+        close(joint.natural[name], natural.expand(3, -1))
+    assert of_model.nodes["z_a"]["log_prob"].shape == (3,)
+    estimate = importance_weighted_log_likelihood(
+        model, guide, batch_of(), NOTHING, num_particles=5
+    )
+    close(estimate.log_likelihood, torch.zeros(3))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "normal-squares", "bernoulli"])
+@pytest.mark.parametrize("num_sweeps", [None, 2])
+def test_rows_with_nothing_observed_add_exactly_nothing(
+    kind: Kind, num_sweeps: int | None, at_once: bool
+) -> None:
+    """Gibbs chains included, whose estimates of the two normalisers differ."""
+    model, guide = pair(kind, num_sweeps)
+    elbo = TraceInterplay_ELBO(3, num_chains=10, vectorize_particles=at_once)
+    batch = batch_of()
+    loss = elbo.differentiable_loss(model, guide, batch, NOTHING)
+    assert loss.item() == 0
+    assert gradient(loss, model, guide).eq(0).all()
+    assert elbo.loss(poutine.scale(model, 2.0), poutine.scale(guide, 2.0), batch, NOTHING) == 0
+
+
+@pytest.mark.parametrize("num_sweeps", [None, 20])
+def test_rows_with_nothing_observed_leave_the_others_alone(num_sweeps: int | None) -> None:
+    model, guide = pair("bernoulli", num_sweeps)
+    two: Any = {n: x[:2] for n, x in batch_of(2).items() if x is not None}
+    batch = {n: torch.cat([x, torch.full((2, 3), math.nan)]) for n, x in two.items()}
+    present = dict.fromkeys(batch, torch.tensor([True, True, False, False]))
+    elbo = TraceInterplay_ELBO(200, num_chains=1000)
+    values, grads = [], []
+    for data, *rest in ((two,), (batch, present)):
+        losses = [elbo.differentiable_loss(model, guide, data, *rest) for _ in range(20)]
+        values.append(torch.stack([loss.detach() for loss in losses]))
+        grads.append(torch.stack([gradient(loss, model, guide) for loss in losses]))
+    for of_two, of_four in (values, grads):
+        error = ((of_two.var(0) + of_four.var(0)) / 20).sqrt()
+        assert ((of_two.mean(0) - of_four.mean(0)).abs() <= 5 * error + 1e-12).all()
+
+
+def test_a_row_counts_where_one_of_its_elements_is_observed() -> None:
+    """A plate within a datum, whose elements are masked one by one."""
+    prior = InterplayPrior({"a": 1, "b": 1}, "bernoulli")
+
+    def model(x: torch.Tensor, seen: torch.Tensor) -> None:
+        with pyro.plate("rows", 3, dim=-2):
+            loc = sum(z[..., 0] for z in prior().values())
+            with pyro.plate("elements", 2, dim=-1), poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x: torch.Tensor, seen: torch.Tensor) -> None:
+        with pyro.plate("rows", 3, dim=-2):
+            prior()
+
+    x, seen = torch.randn(3, 2), torch.tensor([[True, False], [False, False], [True, True]])
+    elbo = TraceInterplay_ELBO(2)
+    elbo.loss(model, guide, x, seen)
+    run = elbo._runs(model, guide, (x, seen), {}, training=False)[0]
+    known = _anything_observed(run, WeightedDraws.of([run]))
+    assert known.tolist() == [[True], [False], [True]]
 
 
 # ---------------------------------------------------------------- training
@@ -715,7 +814,7 @@ NATURAL = {"a": torch.tensor([0.0, -0.5]), "b": torch.tensor([0.0, -0.5])}
         ({("a", "c"): torch.zeros(1, 1)}, r"two of the modalities \['a', 'b'\], got \('a', 'c'\)"),
         ({("a", "a"): torch.zeros(1, 1)}, "does not act on itself"),
         ({("a", "b"): torch.zeros(1, 1), ("b", "a"): torch.zeros(1, 1)}, "and its reverse"),
-        ({("a", "b"): torch.ones(1, 1)}, "interactions too strong"),
+        ({("a", "b"): torch.ones(1, 1)}, "too strong .* from pyro_vae.priors.InterplayPrior"),
         ({("a", "b"): torch.tensor([[0.0, 0.0], [0.0, 0.1]])}, "a W of two squares above 0"),
         ({("a", "b"): torch.tensor([[0.0, 0.1], [0.0, 0.0]])}, "without one of the two squares"),
         ({("a", "b"): torch.tensor([[0.0, 1.5], [0.0, -1.0]])}, "interactions too strong"),
@@ -739,6 +838,24 @@ def test_natural_parameters_that_cannot_be() -> None:
         joint.tilted({"a": torch.zeros(3)})
     with pytest.raises(ValueError, match="for 'sound'"):
         joint.tilted({"sound": torch.zeros(2)})
+
+
+def test_a_normaliser_is_looked_for_while_validation_is_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not again where evidence can only help."""
+    strong = {("a", "b"): torch.ones(1, 1)}
+    pyro.enable_validation(False)
+    try:
+        Interplay(NormalStatistics(), NATURAL, strong)
+        Interplay(NormalStatistics(), NATURAL, {}).tilted({"a": torch.tensor([0.0, 1.0])})
+    finally:
+        pyro.enable_validation(True)
+    joint = Interplay(NormalStatistics(), NATURAL, {})
+    monkeypatch.setattr(NormalStatistics, "check", lambda *_: pytest.fail("checked"))
+    joint.tilted({"a": torch.tensor([[3.0, -1.0], [1.0, 0.0]])})
+    with pytest.raises(pytest.fail.Exception, match="checked"):
+        joint.tilted({"a": torch.tensor([[3.0, -1.0], [1.0, 0.1]])})
 
 
 def test_without_closed_form() -> None:
@@ -765,6 +882,16 @@ def test_arguments_of_prior_model_and_guide() -> None:
     with pytest.raises(ValueError, match="expected num_sweeps >= 1, got 0"):
         InterplayPrior({"a": 1, "b": 1}, num_sweeps=0)
     prior = InterplayPrior({"a": 1, "b": 1})
+    functions = dict.fromkeys("ab", lambda loc: dist.Normal(loc, 1.0).to_event(1))
+    vae = InterplayVAE({n: MLP(1, [], 3) for n in "ab"}, functions, prior)
+    assert vae({"a": torch.zeros(5, 3), "b": None})["b"].shape == (5, 3)
+    unfit: Any = {"a": Normal(), "b": 0.8}
+    with pytest.raises(
+        TypeError, match=r"likelihoods\['b'\] to be a module or a function, got flo"
+    ):
+        InterplayVAE({n: MLP(1, [], 3) for n in "ab"}, unfit, prior)
+    with pytest.raises(ValueError, match="expected likelihoods of the prior's modalities"):
+        InterplayVAE({n: MLP(1, [], 3) for n in "ab"}, {"a": Normal()}, prior)
     with pytest.raises(ValueError, match="expected decoders of the prior's modalities"):
         InterplayVAE({"a": MLP(1, [], 3)}, {"a": Normal()}, prior)
     with pytest.raises(ValueError, match="expected networks of the prior's modalities"):
@@ -816,3 +943,39 @@ def test_programs_that_the_objective_cannot_take() -> None:
     other = AmortizedInterplay({"a": MLP(3, [], 2), "b": MLP(3, [], 1)}, turned)
     with pytest.raises(ValueError, match="the same modalities in the same order"):
         TraceInterplay_ELBO(2).loss(model, other, batch)
+
+
+def test_a_mode_that_the_chains_of_the_prior_never_meet() -> None:
+    """All ones, where the data lie; the chains start at all zeros, behind a barrier."""
+    prior = InterplayPrior({"a": 8, "b": 8}, "bernoulli", num_sweeps=30)
+    with torch.no_grad():
+        prior.raw_interaction["a & b"].fill_(1.6)
+        for natural in prior.raw_natural.values():
+            natural.fill_(-6.1)
+    exact = prior.joint().log_partition()
+    decoders = {name: MLP(8, [], 2) for name in ("a", "b")}
+    model = InterplayVAE(decoders, {name: Normal(0.5) for name in decoders}, prior)
+    guide = AmortizedInterplay({name: MLP(2, [], 8) for name in decoders}, prior)
+    with torch.no_grad():
+        for network in guide.networks.values():
+            for parameter in network.parameters():
+                parameter.fill_(12.0 if parameter.dim() == 1 else 0.0)
+        batch = {name: decoder(torch.ones(3, 8)) for name, decoder in decoders.items()}
+    objective = TraceInterplay_ELBO(10)
+    value, _ = objective.log_partition(model, guide, batch)
+    assert abs(value - exact) < 0.1
+    with torch.no_grad():  # The prior's own chains do not know.
+        _, log_weight = prior.joint().annealed(15, (100,), num_more=15)
+    assert log_weight.logsumexp(0) - math.log(100) < exact - 3
+    states = torch.tensor(list(itertools.product((0.0, 1.0), repeat=8)))
+    of_states = [
+        Normal(0.5)(decoder(states)).log_prob(batch[name][:1]) + states @ prior.raw_natural[name]
+        for name, decoder in decoders.items()
+    ]
+    coupling = states @ prior.joint().interaction["a", "b"] @ states.T
+    both = of_states[0].unsqueeze(-1) + of_states[1] + coupling
+    log_p = float((both.logsumexp((0, 1)) - exact).detach())
+    losses = torch.tensor([objective.loss(model, guide, batch) / 3 for _ in range(20)])
+    error = float(losses.std()) / 20**0.5
+    assert -float(losses.mean()) < log_p + 5 * error
+    assert -float(losses.mean()) > log_p - 1

@@ -233,6 +233,24 @@ def test_no_side_effects(name: str) -> None:
         assert torch.equal(latents.reconstruct(model, guide, x), results[0])
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_of_one_hot_classes_it_is_the_mode(within: bool) -> None:
+    """Their mean is a vector of probabilities, which is no class."""
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.4, 0.35, 0.25]])
+
+    def model(x: torch.Tensor | None) -> None:
+        with pyro.plate("rows", 2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1e-6).to_event(1))
+            fn: Any = dist.OneHotCategorical(probs=p + z.abs())
+            if within:
+                fn = dist.OneHotCategorical(probs=(p + z.abs()).unsqueeze(-2)).to_event(1)
+            pyro.sample("class", fn.mask(False), obs=x)
+
+    x = torch.eye(3)[[2, 2]].unsqueeze(-2) if within else torch.eye(3)[[2, 2]]
+    found = latents.generate(model, x)
+    assert found.reshape(2, 3).tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
 # Errors.
 
 
@@ -298,6 +316,24 @@ def test_traverse_refuses_a_coordinate_that_is_not_there() -> None:
     model = LinearGaussian(3, 2)
     with pytest.raises(ValueError, match="traverse: expected dims in 0 ... 1, got"):
         latents.traverse(model, ExactLinearGaussian(model), torch.zeros(5, 3), dims=[2])
+
+
+def test_walks_need_one_observed_site() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("first", dist.Normal(z, 1.0).to_event(1), obs=x)
+            pyro.sample("second", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    x, message = torch.zeros(3, 1), r": expected a model with one observed site, got \['first', 's"
+    with pytest.raises(ValueError, match="interpolate" + message):
+        latents.interpolate(model, guide, x, x)
+    with pytest.raises(ValueError, match="traverse" + message):
+        latents.traverse(model, guide, x)
 
 
 # Several sites, drawn or observed.

@@ -1979,7 +1979,7 @@ def two_sided_guide(kind: Any = FixedNormalMixture) -> Callable[[torch.Tensor], 
 
 
 def never_stratify(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyro_vae.evaluation.particles.can_stratify", lambda fn: False)
+    monkeypatch.setattr("pyro_vae.evaluation.particles.can_stratify", lambda fn, dims: False)
 
 
 def assert_calibrated(estimate: LogLikelihoodEstimate, expected: torch.Tensor) -> None:
@@ -2162,6 +2162,35 @@ def test_a_mixture_in_a_guide_with_pixels() -> None:
     assert_calibrated(estimate, torch.trapezoid(joint.exp(), z).log())
 
 
+def test_a_mixture_with_several_values_a_datum() -> None:
+    """Two of them in step would not be independent: against quadrature."""
+    x = torch.tensor([1.5, -1.5, 0.3])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x), dim=-1):
+            with pyro.plate("parts", 2, dim=-2):
+                u = pyro.sample("u", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(u[..., :1, :] * u[..., 1:, :], 0.7), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        weights, components = (
+            dist.Categorical(torch.ones(2)),
+            dist.Normal(torch.tensor([-1.0, 1.0]), 1.0),
+        )
+        with pyro.plate("rows", len(x), dim=-1), pyro.plate("parts", 2, dim=-2):
+            pyro.sample("u", dist.MixtureSameFamily(weights, components))
+
+    u = torch.linspace(-7, 7, 1001)
+    prior = dist.Normal(0.0, 1.0).log_prob(u)
+    log_p = prior.unsqueeze(-1) + prior
+    inner = dist.Normal(u.unsqueeze(-1) * u, 0.7).log_prob(x[:, None, None]) + log_p
+    exact = torch.trapezoid(torch.trapezoid(inner.exp(), u), u).log()
+    estimate = log_likelihood(model, guide, x, num_particles=8000)
+    error = 5 * estimate.standard_error
+    assert (estimate.log_likelihood - exact).abs().le(error).all()
+    assert error.max() < 0.2
+
+
 def test_rows_that_mask_missing_hides() -> None:
     """NaN in the data of a user's own model: log p of the others, 0 where nothing is observed."""
     x = rows()
@@ -2172,3 +2201,20 @@ def test_rows_that_mask_missing_hides() -> None:
         estimate = log_likelihood(model, exact_guide, x, num_particles=num_particles)
         assert_equal(estimate, exact(x))
         assert (exact(x)[~seen] == 0).all()
+
+
+def test_a_mask_by_element_is_refused() -> None:
+    """It would count each datum several times."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=x > 0):
+                pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pyro.validation_enabled(False), pytest.raises(ValueError, match="expected a mask over"):
+        log_likelihood(model, guide, torch.ones(3, 3), num_particles=2)

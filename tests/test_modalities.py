@@ -179,7 +179,7 @@ def test_a_mask_that_is_true_for_what_is_not_given(program: Any, how: str) -> No
 
 def test_nothing_at_all(program: Any) -> None:
     for batch in ({}, {"image": None}, {"image": None, "sound": None}):
-        with pytest.raises(ValueError, match=f"{where(program)}: expected data of at least one of"):
+        with pytest.raises(ValueError, match=f"{where(program)}: expected data of at least one"):
             program(batch)
     program({}, {"image": torch.zeros(5, dtype=torch.bool)})  # As the message says.
 

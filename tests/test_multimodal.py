@@ -19,8 +19,8 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
+from pyro_vae import evaluation, likelihoods
 from pyro_vae import importance_weighted_log_likelihood as log_likelihood
-from pyro_vae import likelihoods
 from pyro_vae.guides import AmortizedSet, MixtureOfExperts, MixtureOfProducts, ProductOfExperts
 from pyro_vae.handlers import replay_values
 from pyro_vae.models import MultimodalVAE
@@ -552,7 +552,7 @@ def test_private_latents_come_and_go_with_their_modality() -> None:
     model, guide = private_pair()
     batch = LinearModalities().data(ROWS)
     assert list(sites_by_name(model, batch)) == [
-        *("z", "w_image", "x_image", "x_sound", "w_text", "x_text")
+        *("z", "w_image", "w_text", "x_image", "x_sound", "x_text")
     ]
     assert set(sites_by_name(guide, batch)) == {"z", "w_image", "w_text"}
     without = {name: batch[name] for name in ("text", "sound")}
@@ -638,26 +638,23 @@ def test_a_private_prior_of_its_own_is_trained() -> None:
     assert all(name.startswith((model._pyro_name, guide._pyro_name)) for name in names)
 
 
-@pytest.mark.parametrize("kind", ["private", "shared"])
-def test_a_learnt_prior_does_not_learn_from_rows_that_say_nothing(kind: str) -> None:
-    """log p of what is observed there does not depend on it, whatever the guide draws."""
-    site = "w_image" if kind == "private" else "z"
-    prior = GaussianMixturePrior(3 if kind == "private" else 2, num_components=2, site=site)
-    model, guide = private_pair({"image": prior, "text": 1} if kind == "private" else None)
-    if kind == "shared":
-        model.prior = prior
-    batch = LinearModalities().data(4)
-    rows = torch.arange(4) < 3
-    present = {name: rows for name in (["image"] if kind == "private" else NAMES)}
-    trace = poutine.trace(guide).get_trace(batch, present)
-    own, other = (
-        by_row(poutine.replay(program, trace=trace), batch, present, among=site)
-        for program in (model, guide)
-    )
-    assert float((own - other).detach()[3]) == pytest.approx(0.0, abs=1e-14)
-    own[3].backward()
-    for parameter in prior.parameters():
-        assert parameter.grad is None or float(parameter.grad.abs().max()) == 0.0
+def test_a_guide_of_ones_own_has_the_bound_it_should() -> None:
+    """Where a modality is missing its latents still count, in model and guide alike."""
+    model, _ = private_pair()
+    scale = torch.tensor([0.3, 1.0, 4.0, 20.0])
+    x = {"image": torch.full((4, 5), torch.nan), "sound": torch.zeros(4, 4)}
+    present = {"image": torch.zeros(4, dtype=torch.bool)}
+
+    def own(batch: Any, present: Any = None) -> None:
+        with pyro.plate("data", 4):
+            pyro.sample("z", dist.Normal(torch.zeros(4, 2), 1.0).to_event(1))
+            pyro.sample("w_image", dist.Normal(torch.zeros(4, 3), scale.unsqueeze(-1)).to_event(1))
+
+    terms = evaluation.elbo_terms(model, own, x, present)
+    standard = torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(0.0, scale), standard)
+    assert_close(terms.kl["w_image"], 3 * expected)
+    log_likelihood(model, own, x, present, num_particles=20)
 
 
 def test_bad_private_priors() -> None:
@@ -917,3 +914,36 @@ def test_masks_around_the_whole_pair() -> None:
     pair[0]({n: torch.where(rows.unsqueeze(-1), x, torch.nan) for n, x in complete.items()})
     with pytest.raises(ValueError, match="expected finite data at site 'x_image'"):
         pair[0]({n: torch.where(rows.unsqueeze(-1), torch.nan, x) for n, x in complete.items()})
+
+
+def test_likelihoods_and_priors_that_cannot_be_called() -> None:
+    decoders, noise = {"a": nn.Linear(2, 3)}, {"a": likelihoods.Normal()}
+    prior: Any = StandardNormalPrior(2)
+    with pytest.raises(TypeError, match=r"expected likelihoods\['a'\] to be a module or a functi"):
+        MultimodalVAE(decoders, {"a": None}, prior)  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="expected prior to be a module or a function, got int"):
+        MultimodalVAE(decoders, noise, 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected private\['a'\] to be a module or a function"):
+        MultimodalVAE(decoders, noise, prior, {"a": None})  # type: ignore[dict-item]
+
+
+def test_what_the_usual_mistakes_are_told() -> None:
+    model = MultimodalVAE(
+        {"label": nn.Linear(2, 3)}, {"label": likelihoods.Categorical()}, StandardNormalPrior(2)
+    )
+    with pytest.raises(ValueError, match="expected batch") as caught:
+        model({"label": torch.zeros(4, dtype=torch.int64)})
+    assert "Categorical(event_dim=0)" in str(caught.value.__notes__)
+    model = MultimodalVAE(
+        {"image": nn.Linear(2, 3)}, {"image": likelihoods.Normal()}, StandardNormalPrior(2)
+    )
+    with pytest.raises(ValueError, match="expected finite data") as caught:
+        model({"image": torch.full((4, 3), torch.nan)})
+    assert "present={'image': mask}" in str(caught.value.__notes__)
+
+
+def test_module_dicts_are_mappings_too() -> None:
+    decoders = nn.ModuleDict({"a": nn.Linear(2, 3)})
+    noise: Any = nn.ModuleDict({"a": likelihoods.Normal()})
+    model = MultimodalVAE(decoders, noise, StandardNormalPrior(2))  # type: ignore[arg-type]
+    assert model({"a": torch.zeros(4, 3)})["a"].shape == (4, 3)

@@ -62,7 +62,7 @@ def test_components_get_their_share(kind: Any, num: int) -> None:
 def test_particles_of_a_program(nesting: int, at_once: bool, num: int) -> None:
     """All at once or one by one, and whatever plates are around."""
     rows = 50
-    strata = Strata(num, -1 - nesting)
+    strata = Strata(num, -1 - nesting, [-1])
 
     def guide() -> torch.Tensor:
         with pyro.plate("rows", rows, dim=-1):
@@ -118,7 +118,7 @@ def test_only_the_first_mixture_is_stratified() -> None:
                 "b", mixture(rows, weights=half)
             )
 
-    with Strata(num, -2), pyro.plate("particles", num, dim=-2):
+    with Strata(num, -2, [-1]), pyro.plate("particles", num, dim=-2):
         first, second = (components_of(value).double() for value in guide())
     assert (first.sum(0) == num / 2).all()
     assert (second.sum(0) != num / 2).any()
@@ -133,7 +133,7 @@ def test_observed_and_given_sites_are_left_alone() -> None:
         with pyro.plate("rows", 5):
             return pyro.sample("z", mixture(), obs=obs)
 
-    with Strata(4, -2):
+    with Strata(4, -2, [-1]):
         assert program(value) is value
         replayed = poutine.condition(program, data={"z": value})()
         assert replayed is value
@@ -142,11 +142,41 @@ def test_observed_and_given_sites_are_left_alone() -> None:
 
 def test_what_can_be_stratified() -> None:
     weights = WEIGHTS.clone().requires_grad_()
-    assert can_stratify(mixture())
-    assert not can_stratify(dist.Normal(0.0, 1.0))
-    assert not can_stratify(mixture(weights=weights))
+    assert can_stratify(mixture(), [-1])
+    assert can_stratify(mixture().expand((1, 5)), [-1])
+    assert not can_stratify(mixture(), [-2])  # Several values a datum.
+    assert not can_stratify(mixture().expand((2, 5)), [-1])
+    assert not can_stratify(dist.Normal(0.0, 1.0), [-1])
+    assert not can_stratify(mixture(weights=weights), [-1])
     with torch.no_grad():
-        assert can_stratify(mixture(weights=weights))
+        assert can_stratify(mixture(weights=weights), [-1])
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_several_values_a_datum_are_independent(at_once: bool) -> None:
+    """An ELBO in which they multiply, against the same without strata."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x), dim=-1):
+            with pyro.plate("parts", 2, dim=-2):
+                u = pyro.sample("u", dist.Normal(torch.zeros(1), 1.0).to_event(1)).squeeze(-1)
+            pyro.sample("x", dist.Normal(u[..., :1, :] * u[..., 1:, :], 2.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        components = dist.Normal(torch.tensor([[-1.0], [1.0]]), 1.0).to_event(1)
+        with pyro.plate("rows", len(x), dim=-1), pyro.plate("parts", 2, dim=-2):
+            pyro.sample("u", FixedNormalMixture(dist.Categorical(torch.ones(2)), components))
+
+    x, losses = torch.full((2000 if at_once else 200,), 1.5), []
+    for stratified in (True, False):
+        objective = TraceIWAE_ELBO(
+            1, num_groups=10, stratified=stratified, vectorize_particles=at_once
+        )
+        losses.append(torch.tensor([objective.loss(model, guide, row) for row in x.chunk(20)]))
+    means, errors = ([f(loss) for loss in losses] for f in (torch.mean, torch.std))
+    error = 5 * (errors[0] ** 2 + errors[1] ** 2).sqrt() / 20**0.5
+    assert abs(means[0] - means[1]) < error
+    assert error < 0.15 * means[1]
 
 
 # Gradients.

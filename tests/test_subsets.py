@@ -446,6 +446,8 @@ def test_rows_in_which_nothing_is_observed() -> None:
         assert objective.loss(p.model, guide, {"a": None}, nothing) == 0
         grads = p.with_gradient(objective.differentiable_loss(p.model, p.guide, p.batch, nothing))
         assert not any(value.any() for value in grads.values())
+    iwae = TraceSubsets_ELBO(TraceIWAE_ELBO(2), target="all")
+    assert iwae.loss(p.model, p.guide, {"a": None}, nothing) == 0
 
 
 # ---------------------------------------------------------------- programs of all kinds
@@ -609,6 +611,31 @@ def test_programs_are_looked_at_once() -> None:
         assert len(calls) == 1 + 2 * 6  # Given a subset, and everything for what is private.
 
 
+def test_copies_of_inner_are_made_once_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, other, made = Pair(), Pair(), list[Any]()
+
+    class Counted(TraceMeanField_ELBO):  # type: ignore[misc]
+        def __copy__(self) -> Any:
+            made.append(TraceMeanField_ELBO())
+            return made[-1]
+
+    objective = TraceSubsets_ELBO(Counted(), "all", target="all")
+    for _ in range(3):
+        objective.loss(p.model, p.guide, p.batch)
+    assert len(made) == len(objective._copies) == 7
+    objective.loss(other.model, other.guide, {"a": p.batch["a"]})
+    assert len(objective._copies) == 1  # None that knows programs which may be gone.
+    monkeypatch.setattr("pyro_vae.objectives.subsets.MOST_SUBSETS", 3)
+    monkeypatch.setattr("pyro_vae.objectives.subset_programs.MOST_SUBSETS", 3)
+    p = Pair(private=True)
+    fresh = TraceSubsets_ELBO(TraceMeanField_ELBO(), "all", target="all", private="prior")
+    loss = fresh.loss(p.model, p.guide, p.batch)
+    assert fresh.loss(p.model, p.guide, p.batch) == pytest.approx(loss)
+    assert fresh._programs is not None
+    assert 0 < len(fresh._copies) <= 3
+    assert 0 < len(fresh._programs[2]._latents) <= 3
+
+
 def test_inner_elbos_of_pyro_without_a_differentiable_loss() -> None:
     p = LinearModalities()
     batch, present = mixed_patterns(p.data())
@@ -707,6 +734,10 @@ def test_batches_that_do_not_fit() -> None:
         pairs.loss(p.model, p.guide, p.batch, PRESENT)
     with pytest.raises(ValueError, match="observed as a whole, got none for 5 rows"):
         pairs.loss(p.model, p.guide, {"a": p.batch["a"], "b": None})
+    with pyro.validation_enabled(False):  # To say it would wait for the device.
+        both = ({n: x[[0, 4]] for n, x in part.items()} for part in (p.batch, PRESENT))
+        expected = pairs.loss(p.model, p.guide, *both)
+        assert pairs.loss(p.model, p.guide, p.batch, PRESENT) == pytest.approx(expected)
 
 
 def test_rows_without_a_plate() -> None:
@@ -727,7 +758,7 @@ def test_rows_without_a_plate() -> None:
     def in_another_plate(program: Any) -> Any:
         return pyro.plate("others", 1)(program)
 
-    with pytest.raises(ValueError, match=r"got the plates \['others'\] over data"):
+    with pytest.raises(ValueError, match=r"got the plates \[\('others', 1\)\] over data"):
         objective.loss(in_another_plate(model), in_another_plate(guide), p.batch, PRESENT)
 
 
@@ -769,6 +800,144 @@ def test_private_latents_that_cannot_come_from_elsewhere() -> None:
 
     with pytest.raises(ValueError, match="private latents of the model .* site 'aa' that only"):
         objective.loss(p.model, auxiliary, p.batch)
+
+
+def test_noise_of_networks_is_no_dependence_on_private_latents() -> None:
+    p = Pair(private=True)
+
+    def noisy(batch: Any, present: Any = None) -> None:
+        with pyro.plate("rows", 5):
+            loc = torch.nn.functional.dropout(torch.ones(5, 2), 0.5)
+            u = pyro.sample("u", dist.Normal(loc, 1.0).to_event(1))
+            for name, x in batch.items():
+                pyro.sample(f"own_{name}", p.own(name, x, u))
+
+    objective = TraceSubsets_ELBO(Trace_ELBO(), target="all", private="prior")
+    assert objective.loss(p.model, noisy, p.batch) > 0
+
+
+# ---------------------------------------------------------------- training plain functions
+
+
+def plain_rows(batch: Any, present: Any) -> int:
+    masks = (present or {}).values()
+    return len(next(x for x in (*batch.values(), *masks) if x is not None))
+
+
+def plain_filled(name: str, x: torch.Tensor, present: Any) -> torch.Tensor:
+    mask = (present or {}).get(name)
+    return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
+
+
+def plain_model(batch: Any, present: Any = None) -> None:
+    """A user's: keys may be missing, a value may be ``None``, masks may be given or not."""
+    with pyro.plate("people", plain_rows(batch, present)):
+        code = pyro.sample("code", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        for name, x in batch.items():
+            weight = pyro.param(f"weight {name}", lambda: torch.eye(2, 3))
+            fn = dist.Normal(code @ weight, 0.5).to_event(1)
+            if x is None:
+                with poutine.mask(mask=False):
+                    pyro.sample(f"view {name}", fn)
+                continue
+            with masked(name, present):
+                pyro.sample(f"view {name}", fn, obs=plain_filled(name, x, present))
+
+
+def plain_guide(batch: Any, present: Any = None, sampled: Any = dist.Normal) -> None:
+    num = plain_rows(batch, present)
+    loc, precision = torch.zeros(num, 2), torch.ones(num, 1)
+    for name, x in batch.items():
+        if x is not None:
+            seen = (present or {}).get(name, torch.ones(num, dtype=torch.bool)).unsqueeze(-1)
+            encoder = pyro.param(f"encoder {name}", lambda: torch.eye(3, 2))
+            told = plain_filled(name, x, present) @ encoder
+            certainty = pyro.param(f"certainty {name}", lambda: torch.tensor(0.5))
+            loc = loc + torch.where(seen, told, 0.0)
+            precision = precision + torch.where(seen, certainty.exp(), 0.0)
+    with pyro.plate("people", num):
+        scale = (precision**-0.5).expand_as(loc)
+        pyro.sample("code", sampled(loc / precision, scale).to_event(1))
+
+
+TRAINING: dict[str, Callable[[], Any]] = {
+    "mvae": lambda: TraceSubsets_ELBO(TraceMeanField_ELBO()),
+    "mvae, random": lambda: TraceSubsets_ELBO(TraceIWAE_ELBO(2), num_random=1),
+    "mopoe": lambda: TraceSubsets_ELBO(TraceMeanField_ELBO(), "all", target="all"),
+    "listed": lambda: TraceSubsets_ELBO(
+        TraceIWAE_ELBO(2, "dreg"), [("a",), ("b",)], target="all", private="prior"
+    ),
+}
+
+
+def plain_data() -> Tensors:
+    code = torch.randn(40, 2)
+    return {n: code @ torch.randn(2, 3) + 0.5 * torch.randn(40, 3) for n in "abc"}
+
+
+def pinned_guide(batch: Any, present: Any = None) -> None:
+    """What is drawn is fixed."""
+    plain_guide(batch, present, Pinned)
+
+
+@pytest.mark.parametrize("objective", ["mvae", "mopoe", "listed"])
+def test_steps_are_the_same_however_a_missing_modality_is_told(objective: str) -> None:
+    batch, absent = plain_data(), torch.zeros(40, dtype=torch.bool)
+    ab = {n: batch[n] for n in "ab"}
+    told: list[tuple[Any, ...]] = [
+        (ab,),
+        (ab, None),
+        (ab, {"a": ~absent}),
+        ({**ab, "c": None},),
+        ({**batch, "c": batch["c"] * torch.nan}, {"c": absent}),
+    ]
+    found = []
+    for args in told:
+        pyro.clear_param_store()
+        adam = pyro.optim.Adam({"lr": 0.05})
+        svi = SVI(plain_model, pinned_guide, adam, TRAINING[objective]())
+        losses = [svi.step(*args) for _ in range(3)]
+        store = {n: p.detach().clone() for n, p in pyro.get_param_store().items()}
+        of_ab = {n: p for n, p in store.items() if not n.endswith("c")}
+        assert len(of_ab) == 6
+        found.append({"losses": torch.tensor(losses), **of_ab})
+        close(store.get("encoder c", torch.eye(3, 2)), torch.eye(3, 2))
+    for other in found[1:]:
+        close(other, found[0])
+
+
+@pytest.mark.parametrize("objective", TRAINING)
+def test_steps_on_mixed_batches_train_all_there_is(objective: str) -> None:
+    full = plain_data()
+    rows = torch.arange(40)
+    present = {"b": rows % 2 == 0, "c": rows % 3 > 0}
+    batches: list[tuple[Any, ...]] = [
+        (full,),
+        (full, present),
+        ({"a": full["a"], "c": full["c"]}, {"c": present["c"]}),
+        ({"a": full["a"][:7], "b": None, "c": full["c"][:7]},),
+        ({"b": full["b"]},),
+    ]
+    if objective == "listed":  # Which names "a" and "b": a batch says of both what it has.
+        batches = [({**dict.fromkeys("ab"), **batch}, *masks) for batch, *masks in batches]
+    bound = TraceMeanField_ELBO(num_particles=20, vectorize_particles=True)
+    svi = SVI(plain_model, plain_guide, pyro.optim.Adam({"lr": 0.03}), TRAINING[objective]())
+
+    def bounds() -> list[float]:
+        found = []
+        for batch, *masks in batches:
+            held = {n: x for n, x in batch.items() if x is not None}
+            with torch.no_grad():
+                found.append(bound.loss(plain_model, plain_guide, held, *masks))
+        return found
+
+    before, first = bounds(), {n: p.clone() for n, p in pyro.get_param_store().items()}
+    for _ in range(15):
+        assert all(torch.tensor(svi.step(*args)).isfinite() for args in batches)
+    assert all(new < old for old, new in zip(before, bounds(), strict=True))
+    moved = {n for n, p in pyro.get_param_store().items() if not torch.equal(p, first[n])}
+    of_c = {"encoder c", "certainty c"} if objective == "listed" else set()
+    assert moved == set(first) - of_c
 
 
 # ---------------------------------------------------------------- no side effects

@@ -7,12 +7,13 @@ from torch import Tensor
 __all__ = ["as_data_matrix", "check_integer", "constant_columns", "covariance_root"]
 
 
-def as_data_matrix(x: object, where: str) -> Tensor:
+def as_data_matrix(x: object, where: str, name: str = "x") -> Tensor:
     """Convert the data to a float64 matrix that shares no gradient with the caller.
 
     Args:
         x: Tensor, array or nested sequence of real numbers, shape ``(num_rows, num_columns)``.
         where: Name of the calling function, for the error message.
+        name: Name of the argument, for the error message.
 
     Returns:
         Detached float64 tensor of the same shape, on the device of ``x``. It may share
@@ -31,22 +32,23 @@ def as_data_matrix(x: object, where: str) -> Tensor:
         data = x.detach() if isinstance(x, Tensor) else torch.tensor(np.asarray(x))
     except (TypeError, ValueError, RuntimeError) as err:
         raise TypeError(
-            f"{where}: expected `x` to be a tensor or an array of numbers, "
+            f"{where}: expected `{name}` to be a tensor or an array of numbers, "
             f"got {type(x).__name__}. Convert it with torch.as_tensor first."
         ) from err
     if data.is_complex():
         raise TypeError(
-            f"{where}: expected `x` to be real, got {data.dtype}. "
-            "Pass torch.view_as_real(x).flatten(1) to model both parts."
+            f"{where}: expected `{name}` to be real, got {data.dtype}. "
+            f"Pass torch.view_as_real({name}).flatten(1) to model both parts."
         )
     if data.ndim != 2 or data.shape[1] == 0:
         raise ValueError(
-            f"{where}: expected `x` of shape (num_rows, num_columns), got {tuple(data.shape)}. "
-            "Make one row of each example, for instance with x.flatten(1)."
+            f"{where}: expected `{name}` of shape (num_rows, num_columns), got "
+            f"{tuple(data.shape)}. Make one row of each example, for instance with "
+            f"{name}.flatten(1)."
         )
     if data.shape[0] < 2:
         raise ValueError(
-            f"{where}: expected at least 2 rows in `x`, got {data.shape[0]}. "
+            f"{where}: expected at least 2 rows in `{name}`, got {data.shape[0]}. "
             "A variance cannot be estimated from less; pass more data."
         )
     data = data.to(torch.float64)
@@ -54,14 +56,14 @@ def as_data_matrix(x: object, where: str) -> Tensor:
     if num_bad:
         num_nan = int(torch.isnan(data).sum())
         raise ValueError(
-            f"{where}: expected `x` to be finite, got {num_nan} NaN and {num_bad - num_nan} "
+            f"{where}: expected `{name}` to be finite, got {num_nan} NaN and {num_bad - num_nan} "
             f"infinite of {data.numel()} entries. Drop or impute them first."
         )
     largest = float(data.abs().max())
     if largest > 1e150 or 0.0 < largest < 1e-150:
         raise ValueError(
-            f"{where}: expected entries of `x` whose squares float64 can hold, got {largest:.3g} "
-            "as the largest magnitude. Rescale the data."
+            f"{where}: expected entries of `{name}` whose squares float64 can hold, got "
+            f"{largest:.3g} as the largest magnitude. Rescale the data."
         )
     return data
 

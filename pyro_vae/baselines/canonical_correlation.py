@@ -122,10 +122,7 @@ def canonical_correlation(
         and econometrics of joint production", for the regularization.
     """
     _check_names(names)
-    views = [
-        as_data_matrix(view, f"{_WHERE}, view '{name}'")
-        for name, view in zip(names, (x, y), strict=True)
-    ]
+    views = [as_data_matrix(x, _WHERE), as_data_matrix(y, _WHERE, "y")]
     _check_sizes(views, latent_dim, regularization)
     loc, root = covariance_root(torch.cat(views, 1))
     widths = [view.shape[1] for view in views]

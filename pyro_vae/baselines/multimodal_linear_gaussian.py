@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal, constraints
+from torch.distributions import MultivariateNormal
 
+from pyro_vae.baselines._multimodal_checks import check_parameters
+from pyro_vae.baselines._whitened import Whitened
 from pyro_vae.baselines.linear_gaussian import marginal, posterior_factors
-from pyro_vae.checks import check_data
-from pyro_vae.modalities import Batch, Present, observed_of
+from pyro_vae.checks import check_at_least, check_data
+from pyro_vae.modalities import Batch, Present, check_names, check_row_mask, observed_of
 
 __all__ = ["MultimodalLinearGaussian"]
 
@@ -56,7 +58,7 @@ class MultimodalLinearGaussian:
     References:
         Tipping and Bishop 1999, "Probabilistic principal component analysis", section 3, for one
         modality; Bach and Jordan 2005, "A probabilistic interpretation of canonical correlation
-        analysis", section 2, for two with full noise covariances.
+        analysis", for two with full noise covariances.
     """
 
     loc: Mapping[str, Tensor]
@@ -64,7 +66,7 @@ class MultimodalLinearGaussian:
     noise_covariance: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        _check_parameters(self.loc, self.weight, self.noise_covariance)
+        check_parameters(self.loc, self.weight, self.noise_covariance)
 
     def log_prob(self, batch: Batch, present: Present | None = None) -> Tensor:
         """Compute the exact log-likelihood of what each row observes.
@@ -105,6 +107,7 @@ class MultimodalLinearGaussian:
             ValueError: As :meth:`log_prob`.
         """
         values, observed = self._read(batch, present)
+        whitened = self._whitened(values)
         num_rows = len(next(iter(observed.values())))
         conditioned = self._given(given, num_rows)
         known = {name: seen & conditioned[name] for name, seen in observed.items()}
@@ -117,12 +120,12 @@ class MultimodalLinearGaussian:
             if not names_rest:
                 continue
             rows = (index == number).nonzero().flatten()
-            mean, scale_tril = self._latent(values, names_known, rows)
-            weight, residual, log_det = self._whitened(values, names_rest, rows)
+            mean, scale_tril = self._latent([whitened[n] for n in names_known], rows)
+            weight, residual, log_det = self._joined([whitened[n] for n in names_rest], rows)
             # z = mean + scale_tril u with u ~ N(0, I): the prior of the rest.
             unit = weight.new_ones(len(weight))
-            whitened = marginal(unit - unit, weight @ scale_tril, unit)
-            result[rows] = whitened.log_prob(residual - mean @ weight.mT) - log_det
+            rest_given_known = marginal(unit - unit, weight @ scale_tril, unit)
+            result[rows] = rest_given_known.log_prob(residual - mean @ weight.mT) - log_det
         return result
 
     def posterior(self, batch: Batch, present: Present | None = None) -> MultivariateNormal:
@@ -141,11 +144,13 @@ class MultimodalLinearGaussian:
             ValueError: As :meth:`log_prob`.
         """
         values, observed = self._read(batch, present)
+        whitened = self._whitened(values)
         patterns, index = _patterns(observed.values())
         loc, scale_trils = self._like.new_zeros(len(index), self._like.shape[1]), []
         for number, pattern in enumerate(patterns):
             rows = (index == number).nonzero().flatten()
-            loc[rows], scale_tril = self._latent(values, _chosen(observed, pattern), rows)
+            seen = [whitened[name] for name in _chosen(observed, pattern)]
+            loc[rows], scale_tril = self._latent(seen, rows)
             scale_trils.append(scale_tril)
         # Rows of one pattern share their matrix, in memory as well.
         shared = scale_trils[0] if len(patterns) == 1 else torch.stack(scale_trils)[index]
@@ -174,7 +179,7 @@ class MultimodalLinearGaussian:
             TypeError: If an argument has the wrong type.
             ValueError: As :meth:`log_prob`.
         """
-        self._check_names("name", [name])
+        check_names(_WHERE, "name", [name], self.loc)
         return self.loc[name] + self.posterior(batch, present).mean @ self.weight[name].mT
 
     def sample(self, num_samples: int) -> dict[str, Tensor]:
@@ -185,7 +190,12 @@ class MultimodalLinearGaussian:
 
         Returns:
             Shape ``(n, D_m)`` by modality.
+
+        Raises:
+            TypeError: If ``num_samples`` is no integer.
+            ValueError: If it is below 1.
         """
+        check_at_least(f"{_WHERE}.sample", "num_samples", num_samples, 1)
         like = self._like
         z = torch.randn(num_samples, like.shape[1], dtype=like.dtype, device=like.device)
         samples = {}
@@ -201,37 +211,30 @@ class MultimodalLinearGaussian:
         """A parameter ``(D_m, L)``, for dtype, device and L."""
         return next(iter(self.weight.values()))
 
-    def _latent(
-        self, values: Mapping[str, Tensor], names: list[str], rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean ``(rows, L)`` and lower triangular root ``(L, L)`` of p(z | x_names)."""
-        weight, residual, _ = self._whitened(values, names, rows)
+    def _whitened(self, values: Mapping[str, Tensor]) -> dict[str, Whitened]:
+        """The modalities that have values, each in units of its noise."""
+        return {
+            name: Whitened.of(value, self.loc[name], self.weight[name], self.noise_covariance[name])
+            for name, value in values.items()
+        }
+
+    def _latent(self, seen: list[Whitened], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``(rows, L)`` and lower triangular root ``(L, L)`` of p(z | what is seen)."""
+        weight, residual, _ = self._joined(seen, rows)
         gain, scale_tril = posterior_factors(weight, weight.new_ones(len(weight)))
         return residual @ gain.mT, scale_tril
 
-    def _whitened(
-        self, values: Mapping[str, Tensor], names: list[str], rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _joined(self, parts: list[Whitened], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loadings ``(D, L)`` and residuals ``(rows, D)`` in units of the noise, side by side.
 
         Third the logarithm of the determinant of those units, 0-d.
         """
         weights, residuals = [self._like[:0]], [self._like.new_empty(len(rows), 0)]
         log_det = self._like.new_zeros(())
-        for name in names:
-            noise, weight = self.noise_covariance[name], self.weight[name]
-            residual = values[name][rows] - self.loc[name]
-            if noise.ndim == 1:
-                scale = noise.sqrt()
-                weight, residual = weight / scale.unsqueeze(-1), residual / scale
-            else:
-                root = torch.linalg.cholesky(noise)
-                scale = root.diagonal()
-                weight = torch.linalg.solve_triangular(root, weight, upper=False)
-                residual = torch.linalg.solve_triangular(root, residual.mT, upper=False).mT
-            weights.append(weight)
-            residuals.append(residual)
-            log_det = log_det + scale.log().sum()
+        for part in parts:
+            weights.append(part.weight)
+            residuals.append(part.residual(rows))
+            log_det = log_det + part.log_det
         return torch.cat(weights), torch.cat(residuals, -1), log_det
 
     def _read(
@@ -262,23 +265,21 @@ class MultimodalLinearGaussian:
                 f"{_WHERE}: expected given to be a collection of names or a mapping from names to "
                 f"masks, got {type(given).__name__}. Pass ['{next(iter(self.loc))}'] for one name."
             )
-        self._check_names("given", given)
+        check_names(_WHERE, "given", given, self.loc)
         masks = {}
         for name in self.loc:
             mask = torch.full((num_rows,), name in given, device=self._like.device)
             if isinstance(given, Mapping) and name in given:
-                _check_mask(name, given[name], num_rows)
+                check_row_mask(_WHERE, f"given['{name}']", given[name])
+                if len(given[name]) != num_rows:
+                    raise ValueError(
+                        f"{_WHERE}: expected given['{name}'] of shape ({num_rows},), one entry per "
+                        f"row, got {tuple(given[name].shape)}. Pass a list of names to condition "
+                        "in all rows."
+                    )
                 mask = given[name].to(mask.device)
             masks[name] = mask
         return masks
-
-    def _check_names(self, argument: str, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.loc:
-                raise ValueError(
-                    f"{_WHERE}: expected modalities among {list(self.loc)} in {argument}, got "
-                    f"{name!r}. Use the names that the parameters have."
-                )
 
 
 def _patterns(masks: Iterable[Tensor]) -> tuple[list[list[bool]], Tensor]:
@@ -290,50 +291,3 @@ def _patterns(masks: Iterable[Tensor]) -> tuple[list[list[bool]], Tensor]:
 
 def _chosen(masks: Mapping[str, Tensor], pattern: list[bool]) -> list[str]:
     return [name for name, chosen in zip(masks, pattern, strict=True) if chosen]
-
-
-def _check_mask(name: str, mask: object, num_rows: int) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        actual = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"{_WHERE}: expected given['{name}'] to be a bool tensor of shape (batch,), got "
-            f"{actual}. Pass a list of names to condition in all rows."
-        )
-    if mask.shape != (num_rows,):
-        raise ValueError(
-            f"{_WHERE}: expected given['{name}'] of shape ({num_rows},), one entry per row, got "
-            f"{tuple(mask.shape)}. Pass a list of names to condition in all rows."
-        )
-
-
-def _check_parameters(
-    loc: Mapping[str, Tensor], weight: Mapping[str, Tensor], noise: Mapping[str, Tensor]
-) -> None:
-    """Raise unless the parameters fit together."""
-    if not loc or set(loc) != set(weight) or set(loc) != set(noise):
-        raise ValueError(
-            f"{_WHERE}: expected loc, weight and noise_covariance of the same modalities, got "
-            f"{list(loc)}, {list(weight)} and {list(noise)}. Pass one tensor of each."
-        )
-    latent_dim = next(iter(weight.values())).shape[-1:]
-    for name, mean in loc.items():
-        if mean.ndim != 1 or weight[name].shape != mean.shape + latent_dim:
-            raise ValueError(
-                f"{_WHERE}: expected loc of shape (D,) and weight of shape (D, L) of modality "
-                f"'{name}', the same L in all, got {tuple(mean.shape)} and "
-                f"{tuple(weight[name].shape)}. Pass one row of loadings per column of x."
-            )
-        if noise[name].shape not in (mean.shape, mean.shape * 2):
-            raise ValueError(
-                f"{_WHERE}: expected noise_covariance of modality '{name}' of shape ({len(mean)},) "
-                f"or ({len(mean)}, {len(mean)}), got {tuple(noise[name].shape)}. Pass the diagonal "
-                "or the whole matrix."
-            )
-        value = noise[name].detach()
-        domain = constraints.positive if value.ndim == 1 else constraints.positive_definite
-        if not (value.isfinite().all() and domain.check(value).all()):
-            raise ValueError(
-                f"{_WHERE}: expected a positive definite noise_covariance of modality '{name}', "
-                "got one that is singular, asymmetric or not finite. Pass variances, not "
-                "logarithms, and a symmetric matrix."
-            )

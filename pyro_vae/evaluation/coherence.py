@@ -132,8 +132,8 @@ def coherence(
 
     References:
         Shi et al. (2019), Variational mixture-of-experts autoencoders for multi-modal deep
-        generative models, section 4, https://arxiv.org/abs/1911.03393. Sutter et al. (2021),
-        Generalized multimodal ELBO, section 4, https://arxiv.org/abs/2105.02470, who give
+        generative models, https://arxiv.org/abs/1911.03393. Sutter et al. (2021),
+        Generalized multimodal ELBO, https://arxiv.org/abs/2105.02470, who give
         subsets.
     """
     data = LabelledBatch(_WHERE, batch, labels, present)

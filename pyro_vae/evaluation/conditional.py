@@ -7,7 +7,7 @@ import torch
 
 from pyro_vae.evaluation.estimate import LogLikelihoodEstimate
 from pyro_vae.evaluation.likelihood import importance_weighted_log_likelihood
-from pyro_vae.modalities import Batch, Present, observed_of
+from pyro_vae.modalities import Batch, Observed, Present, check_row_mask, observed_of
 
 __all__ = ["conditional_log_likelihood"]
 
@@ -35,7 +35,8 @@ def conditional_log_likelihood(
     The two estimates are bounds from below in expectation; their difference is not a bound.
 
     Args:
-        model: Any callable ``model(batch, present)``, see ``pyro_vae.models.MultimodalVAE``.
+        model: Any callable ``model(batch, present)``, see ``pyro_vae.models.MultimodalVAE``. It
+            is called with ``present`` as given here, and with masks of what is given.
         guide: A callable with the same signature.
         batch: Data by modality, ``(batch, *event)``. A missing key or ``None``: not observed.
         present: By modality, bool ``(batch,)``: the rows in which it is observed.
@@ -76,13 +77,11 @@ def conditional_log_likelihood(
 
     References:
         Wu and Goodman (2018), Multimodal generative models for scalable weakly-supervised
-        learning, section 5.2, https://arxiv.org/abs/1802.05335
+        learning, https://arxiv.org/abs/1802.05335
     """
     where = "conditional_log_likelihood"
-    # Any mapping has names; which of them the programs know, those say.
-    names = list(batch) if isinstance(batch, Mapping) else ["image"]
-    seen = observed_of(where, [*names, *(present or ())], batch, present)
-    masks = _given_masks(where, given, seen.values)
+    seen = observed_of(where, None, batch, present)
+    masks = _given_masks(where, given, seen)
     known = {name: seen.mask(name) & mask.to(seen.device) for name, mask in masks.items()}
     anything_given = torch.stack(list(known.values())).any(0)
     asked = [seen.mask(name) & ~known.get(name, torch.tensor(False)) for name in seen.values]
@@ -121,27 +120,32 @@ def conditional_log_likelihood(
 
 
 def _given_masks(
-    where: str, given: Collection[str] | Present, values: Mapping[str, torch.Tensor]
+    where: str, given: Collection[str] | Present, seen: Observed
 ) -> dict[str, torch.Tensor]:
     """The rows in which each modality is given."""
-    if isinstance(given, str):
+    if isinstance(given, str) or not isinstance(given, Collection):
+        fix = f"given=['{given}']" if isinstance(given, str) else "given=['image']"
         raise TypeError(
-            f"{where}: expected given to be a collection of modalities, got the string "
-            f"{given!r}. Write given=['{given}']."
+            f"{where}: expected given to be a collection of modalities, got {given!r}. Write {fix}."
         )
     for name in given:
-        if name not in values:
+        if name not in seen.values:
             raise ValueError(
-                f"{where}: expected given among the modalities {list(values)} of the batch, got "
-                f"{name!r}. Only what is in the batch can be given."
+                f"{where}: expected given among the modalities {list(seen.values)} of the batch, "
+                f"got {name!r}. Only what is in the batch can be given."
             )
     if not given:
         raise ValueError(
             f"{where}: expected at least one modality in given, got none. Without one use "
             "importance_weighted_log_likelihood."
         )
-    num_rows = len(next(iter(values.values())))
-    if not isinstance(given, Mapping):
-        return {name: torch.ones(num_rows, dtype=torch.bool) for name in given}
-    # The masks are checked as those of present are.
-    return {n: observed_of(where, values, {n: values[n]}, {n: m}).mask(n) for n, m in given.items()}
+    everywhere = torch.ones(seen.num_rows, dtype=torch.bool)
+    masks = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, everywhere)
+    for name, mask in masks.items():
+        check_row_mask(where, f"given['{name}']", mask)
+        if len(mask) != seen.num_rows:
+            raise ValueError(
+                f"{where}: expected given['{name}'] with {seen.num_rows} rows as in batch, got "
+                f"{len(mask)}. It has one entry for each row."
+            )
+    return masks

@@ -7,6 +7,7 @@ import torch
 from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 
+from pyro_vae.drawn_sites import DrawMessenger
 from pyro_vae.evaluation.particles import Particles
 from pyro_vae.pairs import Pair
 from pyro_vae.traces import DataPlates, is_latent, is_observed, is_random, sites_of
@@ -45,8 +46,8 @@ class Draws:
         self._guide = Particles(pair, plates, where)
         self._enumerated = program(model, enumerated=pair.enumerated) if pair.enumerated else None
         self._likelihoods = {name: program(_Only(name)(model)) for name in scored}
-        self._posterior = program(_Resample()(model), "resampled model")
-        self._prior = program(_Resample()(model), "resampled model")
+        self._posterior = program(DrawMessenger()(model), "resampled model")
+        self._prior = program(DrawMessenger()(model), "resampled model")
 
     def chunk_size_within(self, num_bytes: int) -> int:
         """How many draws fit a byte budget at once, at least 1."""
@@ -100,11 +101,3 @@ class _Only(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] != self._name and is_random(msg):
             msg["mask"] = False
-
-
-class _Resample(Messenger):
-    """Makes latents of the observed sites. A factor has no value to draw."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_observed(msg) and not isinstance(msg["fn"], Unit):
-            msg["is_observed"], msg["value"], msg["done"] = False, None, False

@@ -1,7 +1,7 @@
 """A labelled batch of several modalities: its checks, subsets of it, rates of being right."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -61,13 +61,12 @@ class LabelledBatch:
     def __init__(
         self, where: str, batch: Batch, labels: torch.Tensor, present: Present | None
     ) -> None:
-        if isinstance(batch, Mapping) and len(batch) < 2:
+        seen = observed_of(where, batch, batch, present)
+        if len(batch) < 2:
             raise ValueError(
                 f"{where}: expected at least two modalities in the batch, got {list(batch)}. "
                 "There is nothing to compare a single one with."
             )
-        names = list(batch) if isinstance(batch, Mapping) else ["image"]
-        seen = observed_of(where, names, batch, present)
         if seen.unknown:
             raise ValueError(
                 f"{where}: expected real data of every modality, got None for "

@@ -103,7 +103,7 @@ def latent_classification(
         left, right  1.000  0.000    40     0.500
 
     References:
-        Sutter et al. (2021), Generalized multimodal ELBO, section 4,
+        Sutter et al. (2021), Generalized multimodal ELBO,
         https://arxiv.org/abs/2105.02470
     """
     train = LabelledBatch(_WHERE, train_batch, train_labels, train_present)

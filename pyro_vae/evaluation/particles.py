@@ -48,7 +48,9 @@ class Particles:
         self._sites = pair.guide_sites
         self._nesting, self._plates, self._where = nesting, plates, where
         self.device = pair.device
-        mixtures = [name for name, site in self._sites.items() if can_stratify(site["fn"])]
+        mixtures = [
+            name for name, site in self._sites.items() if can_stratify(site["fn"], plates.dims)
+        ]
         self._mixture = mixtures[0] if mixtures else None
         self.block = _BLOCK if mixtures else 1
         # Whether no distribution of the guide depends on another latent; a factor may on any.
@@ -98,7 +100,9 @@ class Particles:
         if not self._sites:  # All latents of the model are summed out.
             return {}, torch.zeros(num, *self._plates.sizes, device=self.device)
         if not self._factorises:
-            strata = Strata(num, -1 - self._nesting) if self._mixture else None
+            strata = None
+            if self._mixture:
+                strata = Strata(num, -1 - self._nesting, self._plates.dims)
             return self._guide.draw(num, strata=strata)
         # The distributions do not depend on one another's values: the encoder's first and only
         # run has given them all.

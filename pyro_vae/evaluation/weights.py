@@ -4,6 +4,9 @@ import math
 
 import torch
 
+_FEWEST_BLOCKS = 10
+"""Fewer would give a standard error that is itself too uncertain."""
+
 __all__ = ["LogWeightSums", "pareto_k", "tail_length"]
 
 
@@ -24,7 +27,8 @@ class LogWeightSums:
         device: Device of the sums, which are float64.
         block: How many weights in a row were drawn together, in proportion to the components of
             a mixture. Those depend on one another, so that the standard error is that of the
-            blocks.
+            blocks; of fewer than ten blocks that of independent weights, which is too large
+            rather than too small.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class LogWeightSums:
         """Monte-Carlo standard error of ``log_mean`` by the delta method; NaN for one weight."""
         if self.count == 1:
             return torch.full_like(self._log_sum, math.nan)
-        if len(self._blocks) > 1:
+        if len(self._blocks) >= _FEWEST_BLOCKS:
             return self._error_of_blocks()
         # Sample variance of w over its squared mean; rounding can take it just below zero.
         relative = (1 / self.effective_sample_size - 1 / self.count).clamp(min=0.0)

@@ -1,6 +1,6 @@
 """The ELBO with the KL of the joint posterior to that of each modality alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,13 @@ from pyro import poutine
 from pyro_vae.densities import closed_form_kl
 from pyro_vae.handlers import replay_values
 from pyro_vae.modalities import Batch, Observed, Present, observed_of
-from pyro_vae.objectives.objective import TermsObjective, check_weight, require_densities
-from pyro_vae.objectives.subset_programs import restricted
+from pyro_vae.objectives.objective import (
+    TermsObjective,
+    check_weight,
+    dim_of_rows,
+    require_densities,
+)
+from pyro_vae.objectives.subset_runs import restricted
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.schedules import Weight
@@ -82,11 +87,11 @@ class TraceExpertKL_ELBO(TermsObjective):
         torch.Size([])
 
     References:
-        Suzuki et al. (2017), Joint multimodal learning with deep generative models, section 3.3,
+        Suzuki et al. (2017), Joint multimodal learning with deep generative models,
         https://arxiv.org/abs/1611.01891 (JMVAE-kl; its encoders of all modalities and of
         each have no parts in common, here they are one guide);
         Hwang et al. (2021), Multi-view representation learning via total correlation objective,
-        section 3, https://openreview.net/forum?id=4rJYfWsIWY (MVTCAE)
+        NeurIPS 2021 (MVTCAE)
     """
 
     def __init__(
@@ -109,13 +114,6 @@ class TraceExpertKL_ELBO(TermsObjective):
         self.kl_weight = check_weight(where, "kl_weight", kl_weight)
 
     def _runs(self, model: Any, guide: Any, args: Any, kwargs: Any, *, training: bool) -> list[Run]:
-        if not args or not isinstance(args[0], Mapping):
-            got = type(args[0]).__name__ if args else "none"
-            raise TypeError(
-                f"{type(self).__name__}: expected batch to be a mapping from modality to tensor, "
-                f"got {got}. Its programs are called (batch, present=None), with "
-                "batch={'image': x, 'label': y}, for instance."
-            )
         self._arguments = _Arguments.of(guide, args, kwargs)
         return super()._runs(model, guide, args, kwargs, training=training)
 
@@ -129,20 +127,12 @@ class TraceExpertKL_ELBO(TermsObjective):
         run = Run.of(pair)
         latents = [n for n in sites_of(pair.guide_trace, is_latent) if n in pair.model_trace]
         require_densities(run, latents, type(self).__name__)
-        assert self._arguments is not None
-        self._dim_of_rows(run, self._arguments.seen.num_rows)
+        self._dim_of_rows(run)
 
-    def _dim_of_rows(self, run: Run, num_rows: int) -> int:
-        """The dimension of the plate over the rows, negative."""
-        plates = data_plates_of(run)
-        dims = [plate.dim for plate in plates if plate.size == num_rows]
-        if len(dims) != 1:
-            raise ValueError(
-                f"{type(self).__name__}: expected one plate over the {num_rows} rows of the batch, "
-                f"got the plates {sorted((p.name, p.size) for p in plates)} over data. Give the "
-                "programs the rows of their plate and no others."
-            )
-        return dims[0]
+    def _dim_of_rows(self, run: Run) -> int:
+        assert self._arguments is not None
+        num_rows = self._arguments.seen.num_rows
+        return dim_of_rows(type(self).__name__, data_plates_of(run), num_rows)
 
     def _training_loss(self, runs: list[Run], terms: Terms, bound: torch.Tensor) -> torch.Tensor:
         likelihood = terms.sum_of(terms.log_likelihood.values())
@@ -156,7 +146,7 @@ class TraceExpertKL_ELBO(TermsObjective):
         """KL(q(z | x) || q(z | x_m)) summed over modalities and data, 0-d."""
         arguments = self._arguments
         assert arguments is not None
-        dim = self._dim_of_rows(runs[0], arguments.seen.num_rows)
+        dim = self._dim_of_rows(runs[0])
         total = torch.zeros(())
         for modality, mask in arguments.seen.masks.items():
             of_runs = [_kl_to_expert(run, arguments, modality) for run in runs]
@@ -189,9 +179,8 @@ class _Arguments:
     @staticmethod
     def of(guide: Callable[..., Any], args: Any, kwargs: Any) -> "_Arguments":
         """Reads the arguments."""
-        batch, present = (*args, kwargs.get("present"))[:2]
-        names = [*{**batch, **({} if present is None else present)}]
-        seen = observed_of("TraceExpertKL_ELBO", names, batch, present)
+        batch, present = (*args, kwargs.get("present"))[:2] if args else (None, None)
+        seen = observed_of("TraceExpertKL_ELBO", None, batch, present)
         return _Arguments(guide, batch, present, dict(kwargs), seen)
 
     def alone(self, modality: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

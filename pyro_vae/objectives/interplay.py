@@ -1,18 +1,21 @@
 """The ELBO of latents whose joint is known up to a normaliser, and its gradient by sampling."""
 
 import math
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 
 from pyro_vae.checks import check_at_least
+from pyro_vae.interplay import Interplay
 from pyro_vae.interplay_sites import Chain, InterplayMarginal, Unnormalised
 from pyro_vae.objectives.objective import Objective
 from pyro_vae.objectives.weighted_draws import WeightedDraws
 from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run
 from pyro_vae.scales import same_scale
-from pyro_vae.traces import Site, is_latent, layers, masked, sites_of
+from pyro_vae.traces import Site, is_latent, is_observed, layers, masked, sites_of
 
 __all__ = ["TraceInterplay_ELBO"]
 
@@ -31,6 +34,9 @@ class TraceInterplay_ELBO(Objective):
     sweeps. For binary ones the gradient of the first term is the covariance of what is in the
     brackets with :math:`\nabla u_q`, estimated without bias from two particles or more.
 
+    A row of which nothing is observed adds exactly 0 to bound and gradient, whatever the guide:
+    log p of nothing is 0.
+
     **What is reported.** Where the program samples exactly and knows its normalisers: an
     unbiased estimate of the negative ELBO; so is the gradient then.
 
@@ -38,12 +44,14 @@ class TraceInterplay_ELBO(Objective):
     of the very chain that gave the latents (annealed importance sampling from no interaction to
     full strength), so that for any number of sweeps, mixed or not, the expected value lies below
     log p(x) + log Z_p, and below the ELBO only as far as the chain is from q. log Z_p is one number
-    for all data, estimated by ``num_chains`` chains: the estimate of Z_p is unbiased and that of
-    log Z_p too small by half the relative variance of Z_p's, to first order. So the bound is one up
-    to that error alone, by which it may be too high, for every datum alike;
-    :meth:`log_partition` says how large the error is. The gradient is that of the ELBO up to how
-    far the chains are from p and q. Raise ``num_sweeps`` of the prior and see whether the bound
-    moves.
+    for all data, the larger of two estimates: from ``num_chains`` chains of the prior, and from
+    those of the guide, each weighted by exp(u_p - u_q). Either is unbiased for Z_p and on average
+    too small for its logarithm, by as much as it misses of where the prior has its mass; the
+    second finds what the data lie in, should the first not get there. So what is reported is an
+    *estimate* of a bound, which may lie above log p(x), for every datum alike, by what both miss.
+    Neither the standard error of :meth:`log_partition` nor more sweeps will tell: a chain that
+    never meets a mode does not know of it. The gradient is that of the ELBO up to how far the
+    chains are from p and q.
 
     Args:
         num_particles: Chains from the guide for each datum.
@@ -75,7 +83,7 @@ class TraceInterplay_ELBO(Objective):
 
     References:
         Welling, Rosen-Zvi and Hinton (2005), Exponential family harmoniums with an application
-        to information retrieval, section 3, for the gradient of log Z. Neal (2001), Annealed
+        to information retrieval, for the gradient of log Z. Neal (2001), Annealed
         importance sampling.
     """
 
@@ -102,8 +110,8 @@ class TraceInterplay_ELBO(Objective):
         where log Z is known.
         """
         with torch.no_grad():
-            run = self._runs(model, guide, args, kwargs, training=False)[0]
-            value, _, error = self._of_prior(_chain(run, "model"))
+            runs = self._runs(model, guide, args, kwargs, training=False)
+            value, _, error = self._of_prior(runs)
         return value, error
 
     def _runs(self, model: Any, guide: Any, args: Any, kwargs: Any, *, training: bool) -> list[Run]:
@@ -113,8 +121,13 @@ class TraceInterplay_ELBO(Objective):
     def _losses(self, runs: list[Run], training: bool) -> tuple[torch.Tensor, torch.Tensor]:
         with Unnormalised():
             draws = WeightedDraws.of(runs)
-        gain, total = draws.log_p - draws.log_q, draws.scales.total  # gain: (num, *plates)
-        of_prior, trained_of_prior, _ = self._of_prior(_chain(runs[0], "model"))
+        known = _anything_observed(runs[0], draws)
+
+        def total(per_datum: torch.Tensor) -> torch.Tensor:
+            return draws.scales.total(torch.where(known, per_datum, 0.0))
+
+        gain = draws.log_p - draws.log_q  # (num, *plates)
+        of_prior, trained_of_prior, _ = self._of_prior(runs)
         values, trained = [], []
         for run in runs:
             of_guide, trained_of_guide = _of_guide(run)
@@ -129,15 +142,20 @@ class TraceInterplay_ELBO(Objective):
             training_loss = training_loss - total((centred * draws.score).mean(0))
         return bound, training_loss
 
-    def _of_prior(self, chain: Chain) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _of_prior(self, runs: list[Run]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """log Z of the prior, a number with its gradient, and the standard error of the first."""
+        chain = _chain(runs[0], "model")
         if chain.num_sweeps is None:
             value = chain.joint.log_partition()
             return value, value, torch.zeros_like(value)
         with torch.no_grad():
             latents, log_weight = chain.run(chain.joint, (self.num_chains,))
-        value = log_weight.logsumexp(0) - math.log(self.num_chains)
-        relative = (log_weight - value).exp().std(0) / math.sqrt(self.num_chains)
+            if not chain.joint.batch_shape:
+                of_data = _through_the_guide(runs, chain.joint)
+                if _log_mean(of_data[1]) > _log_mean(log_weight):
+                    latents, log_weight = of_data
+        value = _log_mean(log_weight)
+        relative = (log_weight - value).exp().std(0) / math.sqrt(len(log_weight))
         # Weighted: an expectation under p, even where the chains have not arrived there.
         weighted = log_weight.softmax(0) * chain.joint.log_density(latents)
         return value, weighted.sum(0), relative
@@ -169,6 +187,31 @@ class TraceInterplay_ELBO(Objective):
             )
 
 
+def _log_mean(log_weight: torch.Tensor) -> torch.Tensor:
+    return log_weight.logsumexp(0) - math.log(len(log_weight))
+
+
+def _through_the_guide(
+    runs: list[Run], prior: Interplay
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The guide's latents with weights for the prior: of mean Z_p, ``(chains,)``.
+
+    A chain's own weight w has E[w f(z)] = Z_q E_q[f] for any f, so for f = exp(u_p - u_q) too.
+    """
+    latents: dict[str, list[torch.Tensor]] = {name: [] for name in prior.names}
+    log_weights = []
+    for run in runs:
+        chain = _chain(run, "guide")
+        own_weight, _ = _of_guide(run)
+        sites = _sites(run, "guide")
+        values = {name: sites[name]["value"] for name in prior.names}
+        log_weight = own_weight + prior.log_density(values) - chain.joint.log_density(values)
+        log_weights.append(log_weight.flatten())
+        for name, value in values.items():
+            latents[name].append(value.expand(*log_weight.shape, -1).flatten(0, -2))
+    return {name: torch.cat(parts) for name, parts in latents.items()}, torch.cat(log_weights)
+
+
 def _of_guide(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """log Z_q, or the log-weight in its place, and a number with the gradient of log Z_q."""
     chain = _chain(run, "guide")
@@ -194,6 +237,14 @@ def _per_datum(log_partition: torch.Tensor, run: Run, draws: WeightedDraws) -> t
     values = values * draws.scales.of_site(site)
     others = [dim for dim in range(-run.nesting, 0) if dim not in draws.scales.dims]
     return values.sum(others, keepdim=True) if others else values
+
+
+def _anything_observed(run: Run, draws: WeightedDraws) -> torch.Tensor:
+    """Which data have an observed site that is not masked: bool, as in :func:`_per_datum`."""
+    others = [dim for dim in range(-run.nesting, 0) if dim not in draws.scales.dims]
+    observed = sites_of(run.model_trace, is_observed).values()
+    known = [run.present(site) for site in observed]
+    return reduce(or_, (k.any(dim=others, keepdim=True) if others else k for k in known))
 
 
 def _sites(run: Run, role: str) -> dict[str, Site]:

@@ -13,12 +13,13 @@ from pyro_vae.pairs import Pair
 from pyro_vae.runs import Run, Runner
 from pyro_vae.schedules import Weight, weight_of
 from pyro_vae.terms import Terms, require_terms, terms_of
-from pyro_vae.traces import Site, is_point_mass, is_random, sites_of
+from pyro_vae.traces import Plate, Site, is_point_mass, is_random, sites_of
 
 __all__ = [
     "Objective",
     "TermsObjective",
     "check_weight",
+    "dim_of_rows",
     "require_densities",
     "require_reparameterized",
 ]
@@ -171,6 +172,30 @@ class TermsObjective(Objective):
 def _item(bound: torch.Tensor) -> float:
     warn_if_nan(bound.detach(), "loss")
     return float(bound.detach())
+
+
+def dim_of_rows(where: str, plates: Iterable[Plate], num_rows: int) -> int:
+    """The dimension of the plate over the rows of a batch, negative.
+
+    Args:
+        where: The objective, for the message.
+        plates: The plates over the data.
+        num_rows: Number of rows of the batch.
+
+    Raises:
+        ValueError: If none of the plates has so many rows, or if several have.
+    """
+    plates = sorted(plates)
+    dims = [plate.dim for plate in plates if plate.size == num_rows]
+    if len(dims) != 1:
+        raise ValueError(
+            f"{where}: expected one plate over the {num_rows} rows of the batch, around every "
+            "observed site and every latent of a row, got the plates "
+            f"{[(plate.name, plate.size) for plate in plates]} over data. Without it no row can be "
+            "left out; write `with pyro.plate('data', num_rows):` around them, and give the "
+            "programs the rows of that plate and no others."
+        )
+    return dims[0]
 
 
 def require_reparameterized(pair: Pair, where: str, fix: str) -> None:
