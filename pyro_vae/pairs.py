@@ -253,7 +253,10 @@ class _CompareShapes(Messenger):
 
 
 def _check_masks(pair: Pair, where: str) -> None:
-    """A latent masked on one side only would leave a density without its counterpart."""
+    """Masks over the plates, and alike on latents of both sides, whose densities are to cancel."""
+    for trace in (pair.guide_trace, pair.model_trace):
+        for name, site in sites_of(trace, is_random).items():
+            _check_mask_shape(name, site, where)
     if sites_of(pair.guide_trace, is_observed):
         return  # A factor may hold the density of a masked site.
     model_sites = sites_of(pair.model_trace, is_latent)
@@ -282,12 +285,16 @@ def _check_batch_shape(name: str, site: Site, where: str) -> None:
                 f"batch shape {tuple(shape)} where dimension {dim} has no plate. Was "
                 f"`.to_event(1)` forgotten? It declares the dimensions of one datum."
             )
-    mask = site["mask"]
-    of_mask = tuple(mask.shape) if isinstance(mask, torch.Tensor) else ()
-    for dim in range(-len(of_mask), 0):
-        if of_mask[dim] != 1 and dim not in plated:
+
+
+def _check_mask_shape(name: str, site: Site, where: str) -> None:
+    """A mask with more dimensions would count each datum several times."""
+    plated, mask = {f.dim for f in frames(site)}, site["mask"]
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else ()
+    for dim in range(-len(shape), 0):
+        if shape[dim] != 1 and dim not in plated:
             raise ValueError(
                 f"{where}: expected a mask over the plates around site '{name}', got one of shape "
-                f"{of_mask} where dimension {dim} has no plate. It has one entry for a whole "
-                "datum: write mask.all(-1) for one that has an entry for each of its elements."
+                f"{shape} where dimension {dim} has no plate. It has one entry for a whole datum: "
+                "write mask.all(-1) for one that has an entry for each of its elements."
             )
