@@ -12,8 +12,9 @@ components. With nothing missing expect the product ahead in log p(a, b) and the
 coherence: all but every image they make for a label is of that class, of the product's every
 second. Missing modalities cost coherence everywhere, and the product its lead. Of the halves the
 product can put log p(a | b) below log p(a): on held-out data what it learnt of one from the other
-misleads. Where k > 0.7 few particles carry the weight of a row: +- MC is understated there, and log p rather
-too low. A picture for each data set: given and generated. Takes about ten minutes on one core.
+misleads. Where k > 0.7 few particles carry the weight of a row: +- MC is understated there, and
+log p rather too low. A picture for each data set: given and generated. Takes about ten minutes on
+one core.
 """
 
 import argparse

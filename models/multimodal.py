@@ -46,7 +46,9 @@ class MultimodalVAE(Program):
         private: By modality, a prior of a latent of its own, with site ``"w_<modality>"``, or
             the number of its dimensions for a standard normal one. Any subset of modalities.
         weights: By modality, a weight of its log-likelihood in training: a number, a 0-d tensor
-            or a schedule. Evaluation ignores them.
+            or a schedule. Evaluation ignores them. In ``TraceIWAE_ELBO`` with several particles
+            they stand inside the logarithm; that of a modality which is alone in a batch is a
+            weight of the data, outside.
         name: Name in the param store.
 
     Sites: ``"x_<modality>"``, ``"w_<modality>"`` and those of the prior (``"z"``), in the plate

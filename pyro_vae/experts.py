@@ -69,13 +69,17 @@ def product_of_normals(
         loc, scale = torch.where(present, loc, 0.0), torch.where(present, scale, 1.0)
     log_precision = -2 * scale.log()
     if log_weight is not None:
-        log_precision = log_precision + log_weight
-        if log_precision.shape != loc.shape:
+        try:
+            weighted = log_precision + log_weight
+        except RuntimeError:
+            weighted = log_weight.new_empty(0)
+        if weighted.shape != loc.shape:
             raise ValueError(
                 f"product_of_normals: expected log_weight that broadcasts with {tuple(loc.shape)}, "
                 f"(*batch, experts, dim), got {tuple(log_weight.shape)}. For one weight an expert "
                 "write log_weight.unsqueeze(-1)."
             )
+        log_precision = weighted
     if present is not None:
         log_precision = torch.where(present, log_precision, -torch.inf)
     share = log_precision.softmax(-2)

@@ -140,9 +140,10 @@ def _legal(fn: Any, value: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(value) + getattr(support, "lower_bound", 0)
     try:
         legal: torch.Tensor = transform_to(support)(torch.zeros_like(value))
-    except (NotImplementedError, RuntimeError):  # A support without a map from the real numbers.
-        legal = fn.sample()
-    return legal
+    except (NotImplementedError, RuntimeError, ValueError):
+        legal = value.new_empty(())
+    # Some supports have no map from the real numbers, or one from another number of them.
+    return legal if legal.shape == value.shape else fn.sample()
 
 
 class ReplayValuesMessenger(Messenger):

@@ -14,6 +14,9 @@ def test_log_weights_that_would_widen_the_experts() -> None:
     loc = torch.zeros(4, 3, 1)
     with pytest.raises(ValueError, match=r"expected log_weight that broadcasts with \(4, 3, 1\)"):
         product_of_normals(loc, loc + 1, log_weight=torch.zeros(3))
+    loc = torch.zeros(4, 3, 2)  # Here they do not even broadcast.
+    with pytest.raises(ValueError, match="expected log_weight that broadcasts with"):
+        product_of_normals(loc, loc + 1, log_weight=torch.zeros(3))
 
 
 def experts(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:

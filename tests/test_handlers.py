@@ -629,3 +629,21 @@ def test_masks_of_another_shape(shape: tuple[int, ...]) -> None:
     match = r"expected a mask of shape \(5,\) for site 'x', its batch shape, got .*mask.all\(-1\)"
     with pytest.raises(ValueError, match=match):
         mask_missing(model, {"x": mask})(torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("dim", [2, 3, 6])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_missing_values_of_a_support_of_another_shape(dim: int, rows: int) -> None:
+    """Matrices have a map from vectors, of another number of dimensions."""
+    fn = dist.LKJCholesky(dim, torch.ones(rows))
+    value, mask = fn.sample(), torch.arange(rows) > 0
+
+    def model() -> None:
+        with pyro.plate("data", rows):
+            pyro.sample("x", fn, obs=value)
+
+    trace = poutine.trace(mask_missing(model, {"x": mask})).get_trace()
+    trace.compute_log_prob()
+    site = trace.nodes["x"]
+    assert site["value"].shape == value.shape
+    torch.testing.assert_close(site["log_prob_sum"], fn.log_prob(value)[mask].sum())

@@ -979,3 +979,19 @@ def test_a_mode_that_the_chains_of_the_prior_never_meet() -> None:
     error = float(losses.std()) / 20**0.5
     assert -float(losses.mean()) < log_p + 5 * error
     assert -float(losses.mean()) > log_p - 1
+
+
+def test_one_lucky_chain_of_the_guide_does_not_overrule_those_of_the_prior() -> None:
+    """Their weights have heavy tails: the larger of the two estimates would be too large."""
+    prior = InterplayPrior({"a": 5, "b": 5}, "normal-squares")
+    model = InterplayVAE(
+        {name: MLP(5, [], 2) for name in ("a", "b")}, {"a": Normal(), "b": Normal()}, prior
+    )
+    guide = AmortizedInterplay({name: MLP(2, [], 10) for name in ("a", "b")}, prior)
+    batch = {name: torch.randn(50, 2) for name in ("a", "b")}
+    with torch.no_grad():
+        _, log_weight = prior.joint().annealed(15, (20_000,), num_more=15)
+    exact = log_weight.logsumexp(0) - math.log(20_000)
+    objective = TraceInterplay_ELBO()
+    found = torch.stack([objective.log_partition(model, guide, batch)[0] for _ in range(60)])
+    assert (found - exact).abs().max() < 0.15

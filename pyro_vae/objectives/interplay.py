@@ -44,11 +44,12 @@ class TraceInterplay_ELBO(Objective):
     of the very chain that gave the latents (annealed importance sampling from no interaction to
     full strength), so that for any number of sweeps, mixed or not, the expected value lies below
     log p(x) + log Z_p, and below the ELBO only as far as the chain is from q. log Z_p is one number
-    for all data, the larger of two estimates: from ``num_chains`` chains of the prior, and from
-    those of the guide, each weighted by exp(u_p - u_q). Either is unbiased for Z_p and on average
-    too small for its logarithm, by as much as it misses of where the prior has its mass; the
-    second finds what the data lie in, should the first not get there. So what is reported is an
-    *estimate* of a bound, which may lie above log p(x), for every datum alike, by what both miss.
+    for all data, estimated from ``num_chains`` chains of the prior; or from those of the guide,
+    each weighted by exp(u_p - u_q), where more than one of them show at least twice as much.
+    Either is unbiased for Z_p and on average too small for its logarithm, by as much as it misses
+    of where the prior has its mass; the second finds what the data lie in, should the first not
+    get there. So what is reported is an *estimate* of a bound, which may lie above log p(x), for
+    every datum alike, by what both miss.
     Neither the standard error of :meth:`log_partition` nor more sweeps will tell: a chain that
     never meets a mode does not know of it. The gradient is that of the ELBO up to how far the
     chains are from p and q.
@@ -152,7 +153,7 @@ class TraceInterplay_ELBO(Objective):
             latents, log_weight = chain.run(chain.joint, (self.num_chains,))
             if not chain.joint.batch_shape:
                 of_data = _through_the_guide(runs, chain.joint)
-                if _log_mean(of_data[1]) > _log_mean(log_weight):
+                if _finds_more(of_data[1], log_weight):
                     latents, log_weight = of_data
         value = _log_mean(log_weight)
         relative = (log_weight - value).exp().std(0) / math.sqrt(len(log_weight))
@@ -185,6 +186,16 @@ class TraceInterplay_ELBO(Objective):
                 f"{where}: expected num_particles >= 2 for site '{scored[0]}', whose samples have "
                 "no gradient, got 1. Pass num_particles=8."
             )
+
+
+def _finds_more(log_weight: torch.Tensor, than: torch.Tensor) -> bool:
+    """Whether weights show a part of Z that is larger than all that others show.
+
+    Without the largest of them, too: the weights from the guide have heavy tails, and the larger
+    of two estimates would often be the one with the luckier draw.
+    """
+    others = log_weight.sort().values[:-1]
+    return bool(others.logsumexp(0) - math.log(len(log_weight)) > _log_mean(than) + math.log(2))
 
 
 def _log_mean(log_weight: torch.Tensor) -> torch.Tensor:

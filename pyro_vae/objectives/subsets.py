@@ -76,7 +76,8 @@ class TraceSubsets_ELBO(ELBO):
       reconstruction but through the shared latents.
 
     Each subset has a copy of ``inner`` of its own. What ``inner`` learns itself, such as the
-    multiplier of GECO, the copies share and keep in ``inner``.
+    multiplier of GECO, the copies share and keep in ``inner``; it is updated once a subset, so
+    that a rate counts as many times in a step.
 
     Args:
         inner: The ELBO of each term: one of Pyro's or of the library's, with its particles and
