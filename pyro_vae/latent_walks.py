@@ -1,9 +1,13 @@
 """Walks through the latent space: lines between codes, and one coordinate at a time."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
 
+from pyro_vae.checks import support_of
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.latent_sites import Program, choose, codes_of, decoded, expected
 from pyro_vae.traces import is_observed, sites_of
@@ -37,7 +41,8 @@ def interpolate(
 
     Raises:
         ValueError: If the shapes differ or ``num_steps`` is below 2; if the guide has no such
-            latent, or several and no ``site``; if not exactly one site is observed.
+            latent, or several and no ``site``, or if it is discrete; if not exactly one site is
+            observed.
     """
     if start.shape != end.shape or num_steps < 2:
         raise ValueError(
@@ -46,6 +51,7 @@ def interpolate(
         )
     codes = codes_of(guide, (start,))
     name = choose(codes, site, "interpolate")
+    _posterior(guide, start, name, "interpolate")
     first, last = codes[name], codes_of(guide, (end,))[name]
     weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
     line = [{**codes, name: first.lerp(last, w)} for w in weights]
@@ -76,10 +82,17 @@ def traverse(
 
     Raises:
         ValueError: If a coordinate is not there; if the guide has no such latent, or several and
-            no ``site``; if not exactly one site is observed.
+            no ``site``; if it is discrete, or has not one event dimension; if not exactly one
+            site is observed.
     """
     codes = codes_of(guide, (x,))
     name = choose(codes, site, "traverse")
+    event_shape = tuple(_posterior(guide, x, name, "traverse").event_shape)
+    if len(event_shape) != 1:
+        raise ValueError(
+            f"traverse: expected one event dimension at site '{name}', its coordinates, got event "
+            f"shape {event_shape}. Declare it in model and guide, with .to_event(1) for instance."
+        )
     code = codes[name]
     width, rows = code.shape[-1], []
     if not all(-width <= dim < width for dim in dims or ()):
@@ -93,6 +106,19 @@ def traverse(
         ]
         rows.append(torch.stack([_mean(model, {**codes, name: z}, x, "traverse") for z in moved]))
     return torch.stack(rows)
+
+
+def _posterior(guide: Program, x: torch.Tensor, name: str, where: str) -> TorchDistribution:
+    """The guide's distribution at a site, along which one can walk."""
+    with without_side_effects(guide):
+        site: Any = poutine.trace(guide).get_trace(x).nodes[name]
+    fn: TorchDistribution = site["fn"]
+    if getattr(support_of(fn), "is_discrete", False):
+        raise ValueError(
+            f"{where}: expected a continuous latent at site '{name}', got {type(fn).__name__}, "
+            "between whose values there is nothing. Decode each value with pyro_vae.latents.decode."
+        )
+    return fn
 
 
 def _mean(

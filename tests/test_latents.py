@@ -445,3 +445,31 @@ def test_sites_asked_for_that_are_not_there() -> None:
         latents.generate(two_views, batch, site=["x"])
     with pytest.raises(ValueError, match=r"reconstruct: expected codes for the latents .*'other'"):
         latents.reconstruct(two_views, other_guide, batch)
+
+
+def test_walks_want_continuous_latents_with_one_event_dimension() -> None:
+    """Else rows would be taken for coordinates, or points between classes decoded."""
+
+    def pair(fn: Any) -> tuple[Any, Any]:
+        def model(x: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("code", fn)
+                pyro.sample("x", dist.Normal(0.0 * z.reshape(len(x), -1).sum(-1), 1.0), obs=x)
+
+        def guide(x: torch.Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("code", fn)
+
+        return model, guide
+
+    x = torch.zeros(3)
+    for shape in ((), (2, 3)):
+        normal = dist.Normal(torch.zeros(3, *shape), 1.0).to_event(len(shape))
+        with pytest.raises(ValueError, match="traverse: expected one event dimension at site 'co"):
+            latents.traverse(*pair(normal), x)
+        assert latents.interpolate(*pair(normal), x, x, num_steps=2).shape == (2, 3)
+    for fn in (dist.Categorical(torch.ones(3, 4)), dist.OneHotCategorical(torch.ones(3, 4))):
+        with pytest.raises(ValueError, match="traverse: expected a continuous latent at site 'c"):
+            latents.traverse(*pair(fn), x)
+        with pytest.raises(ValueError, match="interpolate: expected a continuous latent at site"):
+            latents.interpolate(*pair(fn), x, x)
