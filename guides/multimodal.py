@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_vae.checks import check_at_least
 from pyro_vae.experts import product_of_normals
-from pyro_vae.modalities import Batch, Observed, Present, modules_by_name, observed_of
+from pyro_vae.modalities import Batch, Observed, Present, check_names, modules_by_name, observed_of
 from pyro_vae.nets import NormalEncoder
 from pyro_vae.program import Program
 
@@ -38,12 +38,7 @@ class _Multimodal(Program):
         check_at_least(where, "latent_dim", latent_dim, 1)
         self.networks = modules_by_name(where, "networks", networks)
         self.private = modules_by_name(where, "private", private) if private else nn.ModuleDict()
-        for modality in self.private:
-            if modality not in networks:
-                raise ValueError(
-                    f"{where}: expected modalities among {list(networks)} in private, got "
-                    f"{modality!r}. Use the same names as in networks."
-                )
+        check_names(where, "private", self.private, networks)
         self.latent_dim, self.site = latent_dim, site
         self.modalities = tuple(networks)
 

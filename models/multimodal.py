@@ -11,7 +11,15 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import nn
 
-from pyro_vae.modalities import Batch, Present, as_module, modules_by_name, observe, observed_of
+from pyro_vae.modalities import (
+    Batch,
+    Present,
+    as_module,
+    check_names,
+    modules_by_name,
+    observe,
+    observed_of,
+)
 from pyro_vae.priors import StandardNormalPrior
 from pyro_vae.program import Program
 from pyro_vae.schedules import Weight, weight_of
@@ -104,12 +112,14 @@ class MultimodalVAE(Program):
             {n: as_module(where, f"likelihoods['{n}']", likelihoods[n]) for n in decoders}
         )
         self.prior = as_module(where, "prior", prior)
+        private, weights = private or {}, weights or {}
+        check_names(where, "private", private, decoders)
+        check_names(where, "weights", weights, decoders)
+        priors = {n: _private_prior(n, p) for n, p in private.items()}
         # Of Pyro's kind, so that parameters of a prior are named after this program.
-        priors = {n: _private_prior(n, p) for n, p in _known(private, decoders, "private").items()}
         self.private: Any = PyroModule[nn.ModuleDict](priors)  # type: ignore[arg-type]
         self.weights = {
-            n: weight_of(where, f"weights['{n}']", weight)
-            for n, weight in _known(weights, decoders, "weights").items()
+            n: weight_of(where, f"weights['{n}']", weight) for n, weight in weights.items()
         }
         self.modalities = tuple(decoders)
 
@@ -163,16 +173,6 @@ def _joined(shared: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Two codes side by side; one that particles do not share is spread over them."""
     leading = torch.broadcast_shapes(shared.shape[:-1], own.shape[:-1])
     return torch.cat([part.expand(*leading, part.shape[-1]) for part in (shared, own)], -1)
-
-
-def _known(given: Any, decoders: Mapping[str, Any], what: str) -> dict[str, Any]:
-    for name in given or {}:
-        if name not in decoders:
-            raise ValueError(
-                f"MultimodalVAE: expected modalities among {list(decoders)} in {what}, got "
-                f"{name!r}. Use the same names as in decoders."
-            )
-    return dict(given or {})
 
 
 def _private_prior(name: str, prior: Any) -> nn.Module:
