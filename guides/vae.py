@@ -13,7 +13,10 @@ __all__ = ["AmortizedMultivariateNormal", "AmortizedNormal"]
 
 
 class _Amortized(Program):
-    """Abstract: samples one site from what ``encoder`` returns."""
+    """Abstract: samples one site from what ``encoder`` returns.
+
+    A context, such as the class of each row, is handed on: ``guide(x, y)`` calls ``encoder(x, y)``.
+    """
 
     encoder: nn.Module
 
@@ -21,11 +24,11 @@ class _Amortized(Program):
         super().__init__(name)
         self.site = site
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
         """Samples codes for a batch ``(batch, *event)``: ``(*sample, batch, latent_dim)``."""
         check_batch(type(self).__name__, "x", x)
         with pyro.plate("data", len(x)):
-            q: TorchDistribution = self.encoder(x)
+            q: TorchDistribution = self.encoder(x, *context)
             if q.batch_shape != (len(x),):
                 raise ValueError(
                     f"{type(self).__name__}: expected the network to encode each of {len(x)} rows "
@@ -42,7 +45,8 @@ class AmortizedNormal(_Amortized):
 
     Args:
         network: From data to ``2 * latent_dim`` numbers: the locs and the raw scales (through a
-            softplus).
+            softplus). With a context it is called ``network(x, context)``, see
+            ``pyro_vae.conditioning``.
         site: Name of the latent site.
         name: Name in the param store.
 

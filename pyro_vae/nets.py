@@ -2,6 +2,7 @@
 
 Particles add dimensions on the left, ``(*sample, batch, *event)``. Linear layers take them as
 they are; convolutions and batch normalisation do not, so :class:`FlattenLeading` folds them.
+Encoders hand a context on to their network, ``net(x, context)``, see ``pyro_vae.conditioning``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -191,9 +192,9 @@ class NormalEncoder(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: torch.Tensor) -> dist.TorchDistribution:
+    def forward(self, x: torch.Tensor, *context: torch.Tensor) -> dist.TorchDistribution:
         """Encodes ``x`` into a distribution of batch ``(*sample, batch)``."""
-        out = self.net(x)
+        out = self.net(x, *context)
         if out.shape[-1] % 2:
             raise ValueError(
                 "NormalEncoder: expected a network with an even number of outputs (loc and "
@@ -227,9 +228,9 @@ class MultivariateNormalEncoder(nn.Module):
         self.register_buffer("_row", row, persistent=False)
         self.register_buffer("_column", column, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> dist.TorchDistribution:
+    def forward(self, x: torch.Tensor, *context: torch.Tensor) -> dist.TorchDistribution:
         """Encodes ``x`` into a distribution of batch ``(*sample, batch)``."""
-        out = self.net(x)
+        out = self.net(x, *context)
         num_entries = len(self._row)
         if out.shape[-1] != self.latent_dim + num_entries:
             raise ValueError(
@@ -278,9 +279,9 @@ class FlowEncoder(nn.Module):
         self.net, self.latent_dim = net, latent_dim
         self.transforms = nn.ModuleList(transforms)
 
-    def forward(self, x: torch.Tensor) -> dist.TorchDistribution:
+    def forward(self, x: torch.Tensor, *context: torch.Tensor) -> dist.TorchDistribution:
         """Encodes ``x`` into a distribution of batch ``(*sample, batch)``."""
-        out, size = self.net(x), self.latent_dim
+        out, size = self.net(x, *context), self.latent_dim
         if out.shape[-1] <= 2 * size:
             raise ValueError(
                 f"FlowEncoder: expected more than {2 * size} outputs for latent_dim={size}, got "
@@ -314,9 +315,9 @@ class MixtureEncoder(nn.Module):
         check_at_least("MixtureEncoder", "num_components", num_components, 1)
         self.net, self.num_components = net, num_components
 
-    def forward(self, x: torch.Tensor) -> dist.TorchDistribution:
+    def forward(self, x: torch.Tensor, *context: torch.Tensor) -> dist.TorchDistribution:
         """Encodes ``x`` into a distribution of batch ``(*sample, batch)``."""
-        out, num = self.net(x), self.num_components
+        out, num = self.net(x, *context), self.num_components
         rest = out.shape[-1] - num
         if rest <= 0 or rest % (2 * num):
             raise ValueError(

@@ -1,0 +1,106 @@
+"""The common root of objectives that add to an ELBO what the guide's distributions carry."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+
+from pyro_vae.traces import is_random
+
+__all__ = ["AddedTermELBO"]
+
+Program = Callable[..., Any]
+
+
+class AddedTermELBO(ELBO):
+    """Abstract: any ELBO, and in its gradient a term from the guide's sites in the same run.
+
+    ``loss`` is that of the inner ELBO, the negative bound in nats: what is added exists in
+    training only.
+
+    Args:
+        elbo: Any ELBO with a ``differentiable_loss``.
+    """
+
+    def __init__(self, elbo: ELBO) -> None:
+        if not isinstance(elbo, ELBO) or not hasattr(elbo, "differentiable_loss"):
+            raise TypeError(
+                f"{type(self).__name__}: expected an ELBO with a differentiable_loss, got "
+                f"{type(elbo).__name__}. Pass an instance such as pyro.infer.Trace_ELBO()."
+            )
+        super().__init__(num_particles=elbo.num_particles, retain_graph=elbo.retain_graph)
+        self.elbo: Any = elbo
+        self._recorded: tuple[Program, _Recorder, Program] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without the guide it last saw."""
+        return {**self.__dict__, "_recorded": None}
+
+    @abstractmethod
+    def _wanted(self, fn: Any) -> bool:
+        """Whether a distribution of the guide carries a term."""
+
+    @abstractmethod
+    def _term(self, fn: Any) -> torch.Tensor:
+        """The term of one of them: of its batch shape, not scaled, to be minimised."""
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("The inner ELBO runs the programs.")
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The negative bound of the inner ELBO, nats, summed over all data."""
+        return float(self.elbo.loss(model, guide, *args, **kwargs))
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """A 0-d tensor with the value of the negative bound and the gradient of training."""
+        recorder, recorded = self._record(guide)
+        bound: torch.Tensor = self.elbo.differentiable_loss(model, recorded, *args, **kwargs)
+        total = bound.new_zeros(())
+        for site in recorder.taken():
+            term = self._term(site["fn"])
+            mask, scale = site["mask"], site["scale"]
+            if mask is not None:
+                term = torch.where(torch.as_tensor(mask, device=term.device), term, 0.0)
+            total = total + (scale * term).sum()
+        # Inner ELBOs run the guide once a particle, or once for all of them side by side.
+        total = total / self.elbo.num_particles
+        return bound + (total - total.detach())
+
+    def _record(self, guide: Program) -> "tuple[_Recorder, Program]":
+        """The guide under a recorder: the same program in every step, as objectives expect."""
+        if self._recorded is None or self._recorded[0] != guide:
+            recorder = _Recorder(self._wanted)
+            self._recorded = guide, recorder, recorder(guide)
+        _, recorder, recorded = self._recorded
+        recorder.taken()  # What a run that failed has left.
+        return recorder, recorded
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The negative bound, nats, after adding the gradient of training to the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return float(loss.detach())
+
+
+class _Recorder(Messenger):
+    """Keeps the sites whose distribution is wanted, in all runs of one program."""
+
+    def __init__(self, wanted: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self._wanted = wanted
+        self._sites: list[Any] = []
+
+    def taken(self) -> list[Any]:
+        """The sites kept so far, which are forgotten."""
+        sites, self._sites = self._sites, []
+        return sites
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_random(msg) and self._wanted(msg["fn"]):
+            self._sites.append(dict(msg))
