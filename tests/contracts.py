@@ -33,7 +33,8 @@ class Case:
         data_only: Whether the guide has no parameters of its own.
         observed: Name of the observed site.
         named: What the model's name in the param store starts with; its class by default.
-        given: From these data to the argument of both programs, which may be a mapping.
+        given: From these data to the argument of both programs, which may be a mapping; or to
+            a tuple of arguments, such as data and labels.
         returned: From what the model returns to the data.
     """
 
@@ -47,8 +48,12 @@ class Case:
     given: Callable[[torch.Tensor], Any] = field(default=lambda x: x)
     returned: Callable[[Any], torch.Tensor] = field(default=lambda x: x)
 
+    def args(self, x: torch.Tensor) -> tuple[Any, ...]:
+        given = self.given(x)
+        return given if isinstance(given, tuple) else (given,)
+
     def traced(self, program: Any, x: torch.Tensor) -> poutine.Trace:
-        return traced(program, self.given(x))
+        return traced(program, *self.args(x))
 
     def elbo(self) -> Any:
         return TraceEnum_ELBO(max_plate_nesting=1) if self.discrete else Trace_ELBO()
@@ -152,7 +157,7 @@ class ProgramContract:
     def test_every_parameter_gets_a_gradient(self, case: Case, pair: tuple[Any, Any]) -> None:
         """From its own objective, without help of the other side."""
         model, guide = pair
-        case.elbo().differentiable_loss(model, guide, case.given(case.make_x(BATCH))).backward()
+        case.elbo().differentiable_loss(model, guide, *case.args(case.make_x(BATCH))).backward()
         program = pair[self.program_index]
         parameters = dict(program.named_parameters())
         assert parameters or (case.data_only and self.program_index == 1)
@@ -167,8 +172,8 @@ class ProgramContract:
         for model, guide in (case.make(), case.make()):
             before = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
             svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), case.elbo())
-            svi.step(case.given(x))
-            svi.step(case.given(x))
+            svi.step(*case.args(x))
+            svi.step(*case.args(x))
             after = [*model.parameters(), *guide.parameters()]
             for old, new in zip(before, after, strict=True):
                 assert not torch.equal(old, new)
@@ -180,12 +185,12 @@ class ProgramContract:
     def test_data_that_are_no_batch(self, case: Case, program: Any, shape: tuple[int, ...]) -> None:
         match = r"expected (x|batch\[.*\]) of shape|expected at least one row|width"
         with pytest.raises(ValueError, match=match):
-            program(case.given(torch.zeros(shape)))
+            program(*case.args(torch.zeros(shape)))
 
     def test_an_empty_batch(self, case: Case, program: Any) -> None:
         match = r"expected at least one row in (x|batch\[.*\]), got an empty batch"
         with pytest.raises(ValueError, match=match):
-            program(case.given(case.make_x(BATCH)[:0]))
+            program(*case.args(case.make_x(BATCH)[:0]))
 
 
 class ModelContract(ProgramContract):
@@ -204,11 +209,11 @@ class ModelContract(ProgramContract):
 
     def test_it_returns_the_data(self, case: Case, program: Any) -> None:
         x = case.make_x(BATCH)
-        assert case.returned(program(case.given(x))) is x
+        assert case.returned(program(*case.args(x))) is x
 
     def test_unconditioned_it_generates_data(self, case: Case, program: Any) -> None:
         x = case.make_x(BATCH)
-        generated = case.returned(poutine.uncondition(program)(case.given(x)))
+        generated = case.returned(poutine.uncondition(program)(*case.args(x)))
         assert generated.shape == x.shape
         assert not torch.equal(generated, x)
 
@@ -261,7 +266,7 @@ class ModelContract(ProgramContract):
         """All at once, hence without a warning, and with finite numbers."""
         model, guide = pair
         estimate = importance_weighted_log_likelihood(
-            model, guide, case.given(case.make_x(BATCH)), num_particles=20, chunk_size=7
+            model, guide, *case.args(case.make_x(BATCH)), num_particles=20, chunk_size=7
         )
         assert estimate.log_likelihood.shape == (BATCH,)
         assert estimate.log_likelihood.isfinite().all()

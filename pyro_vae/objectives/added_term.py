@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.scale_messenger import ScaleMessenger
 
-from pyro_vae.traces import is_random
+from pyro_vae.traces import frames, is_random, subsampling
 
 __all__ = ["AddedTermELBO"]
 
@@ -19,7 +21,8 @@ class AddedTermELBO(ELBO):
     """Abstract: any ELBO, and in its gradient a term from the guide's sites in the same run.
 
     ``loss`` is that of the inner ELBO, the negative bound in nats: what is added exists in
-    training only.
+    training only. Masks of a site, subsampling and ``poutine.scale`` count in its term, the beta
+    of ``scale_kl`` does not.
 
     Args:
         elbo: Any ELBO with a ``differentiable_loss``.
@@ -61,9 +64,8 @@ class AddedTermELBO(ELBO):
         recorder, recorded = self._record(guide)
         bound: torch.Tensor = self.elbo.differentiable_loss(model, recorded, *args, **kwargs)
         total = bound.new_zeros(())
-        for site in recorder.taken():
-            term = self._term(site["fn"])
-            mask, scale = site["mask"], site["scale"]
+        for fn, mask, scale in recorder.taken():
+            term = self._term(fn)
             if mask is not None:
                 term = torch.where(torch.as_tensor(mask, device=term.device), term, 0.0)
             total = total + (scale * term).sum()
@@ -89,18 +91,23 @@ class AddedTermELBO(ELBO):
 
 
 class _Recorder(Messenger):
-    """Keeps the sites whose distribution is wanted, in all runs of one program."""
+    """Keeps the distributions that are wanted, with mask and scale, in all runs of a program."""
 
     def __init__(self, wanted: Callable[[Any], bool]) -> None:
         super().__init__()
         self._wanted = wanted
-        self._sites: list[Any] = []
+        self._sites: list[tuple[Any, Any, Any]] = []
 
-    def taken(self) -> list[Any]:
+    def taken(self) -> list[tuple[Any, Any, Any]]:
         """The sites kept so far, which are forgotten."""
         sites, self._sites = self._sites, []
         return sites
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_random(msg) and self._wanted(msg["fn"]):
-            self._sites.append(dict(msg))
+            scale: Any = subsampling(frames(msg))
+            # Not the scale of the site: in that the beta of scale_kl counts, which may be zero.
+            for handler in _PYRO_STACK:
+                if isinstance(handler, ScaleMessenger):
+                    scale = scale * handler.scale
+            self._sites.append((msg["fn"], msg["mask"], scale))
