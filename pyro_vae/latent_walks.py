@@ -1,18 +1,19 @@
-"""Walks through the latent space: lines between codes, and one coordinate at a time."""
+"""Walks through the latent space that start from data: between codes, and along coordinates."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
 
-from pyro_vae.checks import support_of
+from pyro_vae.checks import refuse_subsampling, support_of
 from pyro_vae.isolation import without_side_effects
+from pyro_vae.latent_paths import great_circle
 from pyro_vae.latent_sites import Program, choose, codes_of, decoded, expected
 from pyro_vae.traces import is_observed, sites_of
 
-__all__ = ["interpolate", "traverse"]
+__all__ = ["codes_at", "interpolate", "mean_at", "mean_of", "traverse"]
 
 
 def interpolate(
@@ -20,74 +21,100 @@ def interpolate(
     guide: Program,
     start: torch.Tensor,
     end: torch.Tensor,
-    *,
+    *args: Any,
     num_steps: int = 8,
+    path: Literal["linear", "spherical"] = "linear",
     site: str | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """Data along straight lines between the codes of two batches.
+    """Data along paths between the codes of two batches.
 
     Other latents stay at their codes of ``start``.
 
     Args:
-        model: A model of one batch.
+        model: Any model.
         guide: Its guide.
         start: Batch ``(batch, *event)``.
         end: Batch of the same shape.
-        num_steps: Points on each line, both ends included.
+        *args: Further arguments of both programs, such as a class, the same at both ends.
+        num_steps: Points on each path, both ends included.
+        path: "linear", or "spherical": along a great circle, while the norm goes evenly from one
+            to the other. Draws from N(0, I) in d dimensions have norms close to sqrt(d), and on a
+            straight line between two of them the norm falls to about sqrt(d / 2).
         site: Which latent; needed where the guide has several.
+        **kwargs: Keyword arguments of both programs.
 
     Returns:
         Means of the data, ``(num_steps, batch, *event)``.
 
     Raises:
-        ValueError: If the shapes differ or ``num_steps`` is below 2; if the guide has no such
-            latent, or several and no ``site``, or if it is discrete; if not exactly one site is
-            observed.
+        ValueError: If the shapes differ or ``num_steps`` is below 2; if there is no such path, or
+            it is spherical between opposite codes; if the guide has no such latent, or several and
+            no ``site``, or if it is discrete; if not exactly one site is observed, or a plate
+            draws its rows at random.
+
+    References:
+        Shoemake (1985), Animating rotation with quaternion curves.
+        White (2016), Sampling generative networks, https://arxiv.org/abs/1609.04468
     """
     if start.shape != end.shape or num_steps < 2:
         raise ValueError(
             f"interpolate: expected two batches of one shape and num_steps >= 2, got "
             f"{tuple(start.shape)}, {tuple(end.shape)} and {num_steps}. Pair the rows up."
         )
-    codes = codes_of(guide, (start,))
-    name = choose(codes, site, "interpolate")
-    _posterior(guide, start, name, "interpolate")
-    first, last = codes[name], codes_of(guide, (end,))[name]
+    if path not in ("linear", "spherical"):
+        raise ValueError(
+            f"interpolate: expected path 'linear' or 'spherical', got {path!r}. A linear one is "
+            "straight, a spherical one keeps the norm between those of its ends."
+        )
+    codes, name, fn = codes_at(guide, (start, *args), kwargs, site, "interpolate")
+    first, last = codes[name], codes_at(guide, (end, *args), kwargs, name, "interpolate")[0][name]
     weights = torch.linspace(0, 1, num_steps, dtype=first.dtype, device=first.device)
-    line = [{**codes, name: first.lerp(last, w)} for w in weights]
-    return torch.stack([_mean(model, point, start, "interpolate") for point in line])
+    if path == "linear":
+        points = torch.stack([first.lerp(last, w) for w in weights])
+    else:
+        a, b = (z.reshape(*z.shape[: z.dim() - fn.event_dim], -1) for z in (first, last))
+        points = great_circle(a, b, weights).reshape(num_steps, *first.shape)
+    moved = [{**codes, name: z} for z in points]
+    return mean_at(model, moved, (start, *args), kwargs, "interpolate")
 
 
 def traverse(
     model: Program,
     guide: Program,
-    x: torch.Tensor,
-    *,
+    x: Any,
+    *args: Any,
     dims: Sequence[int] | None = None,
     values: Sequence[float] | torch.Tensor = (-3, -2, -1, 0, 1, 2, 3),
     site: str | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Data as one coordinate of their code moves and the others, and other latents, stay.
 
     Args:
-        model: A model of one batch.
+        model: Any model.
         guide: Its guide.
-        x: Batch ``(batch, *event)``.
+        x: One batch, ``(batch, *event)``.
+        *args: Further arguments of both programs, such as a class.
         dims: Which coordinates; all by default.
         values: What each is set to, in units of a standard normal prior.
         site: Which latent; needed where the guide has several.
+        **kwargs: Keyword arguments of both programs.
 
     Returns:
         Means of the data, ``(len(dims), len(values), batch, *event)``.
 
     Raises:
-        ValueError: If a coordinate is not there; if the guide has no such latent, or several and
-            no ``site``; if it is discrete, or has not one event dimension; if not exactly one
-            site is observed.
+        ValueError: If a coordinate is not there, or there is no value; if the guide has no such
+            latent, or several and no ``site``; if it is discrete, or has not one event dimension;
+            if not exactly one site is observed, or a plate draws its rows at random.
     """
-    codes = codes_of(guide, (x,))
-    name = choose(codes, site, "traverse")
-    event_shape = tuple(_posterior(guide, x, name, "traverse").event_shape)
+    codes, name, fn = codes_at(guide, (x, *args), kwargs, site, "traverse")
+    if not len(values):
+        raise ValueError(
+            "traverse: expected at least one value, got none. Leave values out for -3 ... 3."
+        )
+    event_shape = tuple(fn.event_shape)
     if len(event_shape) != 1:
         raise ValueError(
             f"traverse: expected one event dimension at site '{name}', its coordinates, got event "
@@ -101,36 +128,63 @@ def traverse(
             f"Site '{name}' has {width} coordinates."
         )
     for dim in range(width) if dims is None else dims:
-        moved = [
-            code.index_fill(-1, torch.tensor([dim], device=code.device), float(v)) for v in values
-        ]
-        rows.append(torch.stack([_mean(model, {**codes, name: z}, x, "traverse") for z in moved]))
+        at = torch.tensor([dim], device=code.device)
+        moved = [{**codes, name: code.index_fill(-1, at, float(v))} for v in values]
+        rows.append(mean_at(model, moved, (x, *args), kwargs, "traverse"))
     return torch.stack(rows)
 
 
-def _posterior(guide: Program, x: torch.Tensor, name: str, where: str) -> TorchDistribution:
-    """The guide's distribution at a site, along which one can walk."""
+def codes_at(
+    guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], site: str | None, where: str
+) -> tuple[dict[str, torch.Tensor], str, TorchDistribution]:
+    """A code for every latent, and the name and distribution of the one that is to move.
+
+    Args:
+        guide: Any guide.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        site: Which latent is to move; ``None`` for the only one.
+        where: The function that asks, for the messages.
+
+    Raises:
+        ValueError: If there is no such latent, or several and no ``site``; if it is discrete; if
+            a plate draws its rows at random.
+    """
+    with refuse_subsampling(where):
+        codes = codes_of(guide, args, kwargs)
+    name = choose(codes, site, where)
     with without_side_effects(guide):
-        site: Any = poutine.trace(guide).get_trace(x).nodes[name]
-    fn: TorchDistribution = site["fn"]
+        found: Any = poutine.trace(guide).get_trace(*args, **kwargs).nodes[name]
+    fn: TorchDistribution = found["fn"]
     if getattr(support_of(fn), "is_discrete", False):
         raise ValueError(
             f"{where}: expected a continuous latent at site '{name}', got {type(fn).__name__}, "
             "between whose values there is nothing. Decode each value with pyro_vae.latents.decode."
         )
-    return fn
+    return codes, name, fn
 
 
-def _mean(
-    model: Program, codes: Mapping[str, torch.Tensor], x: torch.Tensor, where: str
+def mean_at(
+    model: Program,
+    points: Sequence[Mapping[str, torch.Tensor]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    where: str,
 ) -> torch.Tensor:
-    """Mean of the only observed site at these codes, ``(batch, *event)``."""
-    with without_side_effects(model):
-        _, trace = decoded(model, codes, (x,), {}, where)
+    """Means of the only observed site at these codes, ``(len(points), batch, *event)``."""
+    means = []
+    for codes in points:
+        with without_side_effects(model), refuse_subsampling(where):
+            means.append(mean_of(decoded(model, codes, args, kwargs, where)[1], where))
+    return torch.stack(means)
+
+
+def mean_of(trace: poutine.Trace, where: str) -> torch.Tensor:
+    """Mean of the only observed site of a model, ``(batch, *event)``."""
     observed = sites_of(trace, is_observed)
     if len(observed) != 1:
         raise ValueError(
-            f"{where}: expected a model with one observed site, got {list(observed)}. Decode the "
-            "points yourself, with pyro_vae.latents.decode(model, codes, x, site=...)."
+            f"{where}: expected a model with one observed site, got {list(observed)}. Hide the "
+            "others, with pyro.poutine.block(model, hide=[...])."
         )
     return expected(next(iter(observed.values()))["fn"])

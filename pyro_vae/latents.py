@@ -1,4 +1,4 @@
-"""Into the latent space and back: encode, reconstruct, generate, interpolate, traverse.
+"""Into the latent space and back: encode, reconstruct, generate, and walks of several kinds.
 
 All work on any Pyro program: codes go in by replaying them at the program's own latent site, so
 the batch passed along only says how many rows there are.
@@ -14,11 +14,24 @@ from pyro.distributions import TorchDistribution
 
 from pyro_vae.drawn_sites import DrawMessenger, moved_by
 from pyro_vae.isolation import without_side_effects
+from pyro_vae.latent_directions import attribute_vector, move
 from pyro_vae.latent_sites import Program, choose, codes_of, decoded, expected, is_code
 from pyro_vae.latent_walks import interpolate, traverse
+from pyro_vae.random_walks import loop, walk
 from pyro_vae.traces import Site, is_latent, is_observed, is_random, sites_of
 
-__all__ = ["decode", "encode", "generate", "interpolate", "reconstruct", "traverse"]
+__all__ = [
+    "attribute_vector",
+    "decode",
+    "encode",
+    "generate",
+    "interpolate",
+    "loop",
+    "move",
+    "reconstruct",
+    "traverse",
+    "walk",
+]
 
 Names = list[str] | tuple[str, ...] | Set[str]
 """Names of several sites (not one string, which is a collection of letters)."""

@@ -1,7 +1,8 @@
-"""Figures of training runs, bounds, images, codes and loadings. Every function returns its axes."""
+"""Figures of training runs, bounds, images, codes and loadings. All but films return their axes."""
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "plot_loadings",
     "plot_rate_distortion",
     "plot_reconstructions",
+    "save_gif",
 ]
 
 
@@ -365,3 +367,56 @@ def plot_loadings(
         limits=(-largest, largest),
         ax=ax,
     )
+
+
+def save_gif(
+    images: torch.Tensor,
+    path: str | Path,
+    num_columns: int = 10,
+    *,
+    image_shape: tuple[int, int] | None = None,
+    zoom: int = 4,
+    frames_per_second: int = 20,
+    limits: tuple[float, float] | None = (0.0, 1.0),
+) -> None:
+    """Writes a film of images in rows, dark where they are large, that starts again at its end.
+
+    Args:
+        images: ``(num_frames, N, pixels)`` or ``(num_frames, N, height, width)``.
+        path: Name of the file, with the suffix ``.gif``.
+        num_columns: Images in a row.
+        image_shape: Height and width; a square by default.
+        zoom: Width of a pixel of the images on the screen.
+        frames_per_second: A GIF counts hundredths of a second: 10, 20, 25 and 50 are exact.
+        limits: Values of the two ends of the colour map; the extremes if ``None``.
+
+    Raises:
+        ValueError: If there is not one row of images for each frame, or not of that shape.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.animation import PillowWriter
+
+    if images.dim() < 3 or not images.numel():
+        raise ValueError(
+            f"save_gif: expected images (num_frames, N, pixels), got shape {tuple(images.shape)}. "
+            "With one image a frame that is images.unsqueeze(1)."
+        )
+    images = images.detach()
+    limits = limits or (float(images.min()), float(images.max()))
+    canvases = [_canvas(frame, num_columns, image_shape) for frame in images]
+    height, width = canvases[0].shape
+    dpi = 100
+    figure = plt.figure(figsize=(zoom * width / dpi, zoom * height / dpi), dpi=dpi)
+    ax = plot_images(
+        images[0],
+        num_columns,
+        image_shape=image_shape,
+        limits=limits,
+        ax=figure.add_axes((0, 0, 1, 1)),
+    )
+    writer = PillowWriter(frames_per_second)
+    with writer.saving(figure, str(path), dpi):
+        for canvas in canvases:
+            ax.images[0].set_data(canvas.numpy())
+            writer.grab_frame()
+    plt.close(figure)

@@ -15,6 +15,7 @@ EXAMPLES = [
     "experts.py",
     "hierarchical.py",
     "iwae.py",
+    "latent_arithmetic.py",
     "mnist_image_label.py",
     "mnist_svhn.py",
     "multimodal_digits.py",

@@ -1,5 +1,6 @@
 """Into the latent space and back, for programs of the library and of anybody else."""
 
+import math
 from typing import Any
 
 import pyro
@@ -11,10 +12,16 @@ from torch import nn
 
 from pyro_vae import latents
 from pyro_vae.guides import AmortizedNormal, ExactGaussianMixture, ExactLinearGaussian
+from pyro_vae.latent_paths import autoregressive_noise, great_circle, periodic_noise
 from pyro_vae.likelihoods import Bernoulli, Categorical, Normal
 from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
-from pyro_vae.nets import MLP
-from pyro_vae.priors import StandardNormalPrior
+from pyro_vae.nets import MLP, NormalEncoder
+from pyro_vae.priors import (
+    FlowPrior,
+    GaussianMixturePrior,
+    HierarchicalPrior,
+    StandardNormalPrior,
+)
 
 DATA_DIM, LATENT_DIM = 5, 2
 
@@ -334,6 +341,12 @@ def test_walks_need_one_observed_site() -> None:
         latents.interpolate(model, guide, x, x)
     with pytest.raises(ValueError, match="traverse" + message):
         latents.traverse(model, guide, x)
+    with pytest.raises(ValueError, match="walk" + message):
+        latents.walk(model, x, num_steps=2)
+    hidden = pyro.poutine.block(model, hide=["second"])
+    start = latents.interpolate(hidden, guide, x + 2, x, num_steps=2)[0]
+    torch.testing.assert_close(start, x + 2)
+    assert latents.walk(hidden, x, num_steps=2).shape == (2, 3, 1)
 
 
 # Several sites, drawn or observed.
@@ -473,3 +486,414 @@ def test_walks_want_continuous_latents_with_one_event_dimension() -> None:
             latents.traverse(*pair(fn), x)
         with pytest.raises(ValueError, match="interpolate: expected a continuous latent at site"):
             latents.interpolate(*pair(fn), x, x)
+
+
+# Paths between codes.
+
+
+def test_a_quarter_of_the_unit_circle_in_equal_angles() -> None:
+    weights = torch.linspace(0, 1, 7)
+    start, end = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    angle = weights * math.pi / 2
+    expected = torch.stack([angle.cos(), torch.zeros(7), angle.sin()], -1)
+    torch.testing.assert_close(great_circle(start, end, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_great_circle_in_general(dtype: torch.dtype) -> None:
+    """Its angles and norms grow evenly, in the plane of its ends, which are exact."""
+    start, end = torch.randn(2, 6, 4, dtype=dtype)
+    weights = torch.linspace(0, 1, 5, dtype=dtype)
+    path = great_circle(start, end, weights)
+    assert path.shape == (5, 6, 4)
+    assert path.dtype == dtype
+    assert torch.equal(path[0], start)
+    assert torch.equal(path[-1], end)
+    norms = torch.stack([start.norm(dim=-1), end.norm(dim=-1)])
+    torch.testing.assert_close(
+        path.norm(dim=-1), norms[0] + weights[:, None] * (norms[1] - norms[0])
+    )
+    unit = path / path.norm(dim=-1, keepdim=True)
+    cosines = (unit[:-1] * unit[1:]).sum(-1)
+    whole = (unit[0] * unit[-1]).sum(-1).acos()
+    torch.testing.assert_close(cosines, (whole / 4).cos().expand(4, -1))
+    rank = torch.linalg.svdvals(path.transpose(0, 1))  # (6, 4): two directions span each path.
+    assert (rank[:, 2] < 1e-5 * rank[:, 0]).all()
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-6, 1e-3])
+def test_near_parallel_codes_go_straight(angle: float) -> None:
+    """Without a jump: the distance from the line is of the order of the angle squared."""
+    start = torch.tensor([2.0, 0.0])
+    end = 2 * torch.tensor([math.cos(angle), math.sin(angle)])
+    weights = torch.linspace(0, 1, 9)
+    line = start.lerp(end, weights[:, None])
+    path = great_circle(start, end, weights)
+    assert (path - line).norm(dim=-1).max() <= angle**2 / 3 + 1e-14
+    # Along the arc even the smallest angle is divided evenly, also between other norms.
+    path = great_circle(start, 5 * end, weights)
+    sines = (angle * weights).sin() * (2 + 8 * weights)
+    torch.testing.assert_close(path[:, 1], sines, atol=0, rtol=1e-9)
+
+
+def test_from_the_origin_the_path_is_straight() -> None:
+    zero, code, weights = torch.zeros(3), torch.randn(3), torch.linspace(0, 1, 5)
+    line = weights[:, None] * code
+    torch.testing.assert_close(great_circle(zero, code, weights), line)
+    torch.testing.assert_close(great_circle(code, zero, weights), line.flip(0))
+    assert torch.equal(great_circle(zero, zero, weights), torch.zeros(5, 3))
+
+
+def test_nearly_opposite_codes() -> None:
+    """They still have one shortest arc; opposite ones have none."""
+    start = torch.tensor([1.0, 0.0])
+    end = torch.tensor([-1.0, 1e-6])
+    middle = great_circle(start, end, torch.tensor([0.5]))[0]
+    torch.testing.assert_close(middle, torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
+    message = "interpolate: expected codes that are not opposite, got 1 pairs that are, between"
+    for scale in (1.0, 5.0):
+        with pytest.raises(ValueError, match=message):
+            great_circle(torch.eye(2), torch.stack([-scale * start, start]), torch.tensor([0.5]))
+
+
+def test_spherical_interpolation_of_a_linear_model() -> None:
+    model, guide = linear_pair()
+    start, end = torch.randn(2, 4, DATA_DIM)
+    first, last = (latents.encode(guide, x).mean for x in (start, end))
+    found = latents.interpolate(model, guide, start, end, num_steps=3, path="spherical")
+    unit = [z / z.norm(dim=-1, keepdim=True) for z in (first, last)]
+    middle = unit[0] + unit[1]  # The bisector.
+    middle = middle / middle.norm(dim=-1, keepdim=True)
+    code = middle * (first.norm(dim=-1) + last.norm(dim=-1))[:, None] / 2
+    torch.testing.assert_close(found[1], latents.decode(model, {"z": code}, start).mean)
+    torch.testing.assert_close(found[0], latents.reconstruct(model, guide, start))
+    torch.testing.assert_close(found[2], latents.reconstruct(model, guide, end))
+
+
+def test_a_code_with_several_event_dimensions_has_one_norm() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(2), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(2))
+
+    start, end = torch.randn(2, 4, 2, 3)
+    found = latents.interpolate(model, guide, start, end, num_steps=5, path="spherical")
+    expected = great_circle(start.flatten(1), end.flatten(1), torch.linspace(0, 1, 5))
+    torch.testing.assert_close(found, expected.reshape(5, 4, 2, 3))
+
+
+def shifted_model(x: torch.Tensor, y: torch.Tensor) -> None:
+    """The class shifts the data."""
+    with pyro.plate("rows", len(x)):
+        code = pyro.sample("code", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("obs", dist.Normal(code + 10 * y[:, None], 0.1).to_event(1), obs=x)
+
+
+def shifted_guide(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Codes do not know the class."""
+    with pyro.plate("rows", len(x)):
+        pyro.sample("code", dist.Normal(x - 10 * y[:, None], 0.5).to_event(1))
+
+
+def test_walks_of_programs_with_a_class() -> None:
+    y = torch.arange(4)
+    start, end = torch.randn(2, 4, 2) + 10 * y[:, None]
+    given: dict[str, Any] = {"num_steps": 3}
+    for path in (
+        latents.interpolate(shifted_model, shifted_guide, start, end, y, **given),
+        latents.interpolate(shifted_model, shifted_guide, start, end, y=y, **given),
+    ):
+        torch.testing.assert_close(path, torch.stack([start, (start + end) / 2, end]))
+    moved = latents.traverse(shifted_model, shifted_guide, start, y, dims=[1], values=[-1, 2])
+    assert moved.shape == (1, 2, 4, 2)
+    torch.testing.assert_close(moved[0, :, :, 0], start[:, 0].expand(2, -1))
+    torch.testing.assert_close(moved[0, :, :, 1], torch.tensor([[-1.0], [2.0]]) + 10 * y.to(start))
+    again = latents.traverse(shifted_model, shifted_guide, start, y=y, dims=[1], values=[-1, 2])
+    assert torch.equal(again, moved)
+    for steps in (latents.walk, latents.loop):
+        path = steps(shifted_model, start, y, num_steps=50)
+        assert torch.equal((path / 10).round().mean((0, 2)), y.to(path))
+
+
+# Random walks.
+
+
+def moments(path: torch.Tensor, correlations: list[float]) -> None:
+    """Compares mean, variance and correlations in time with those of N(0, I), over rows."""
+    num = path.shape[1] * path.shape[2]
+    assert (path.mean((1, 2)).abs() < 5 / num**0.5).all()
+    assert (path.var((1, 2)) - 1).abs().max() < 5 * (2 / num) ** 0.5
+    for lag, correlation in enumerate(correlations):
+        found = (path[: len(path) - lag] * path[lag:]).mean((1, 2))
+        error = 5 * ((1 + correlation**2) / num) ** 0.5
+        assert (found - correlation).abs().max() < error, lag
+
+
+def test_noise_stays_standard_normal() -> None:
+    like, s = torch.empty(4000, 2), 0.6
+    moments(autoregressive_noise(like, 8, s), [(1 - s**2) ** (k / 2) for k in range(4)])
+    moments(autoregressive_noise(like, 3, 1.0), [1, 0, 0])
+    waves = torch.arange(1, 4.0)
+    expected = [float((2 * math.pi * waves * lag / 9).cos().mean()) for lag in range(4)]
+    path = periodic_noise(like, 9, 3)
+    moments(path, expected)
+    moments(path.roll(1, 0), expected)  # From the last point to the first as anywhere else.
+    # No two coordinates or rows share noise.
+    assert (path[0, :, 0] * path[0, :, 1]).mean().abs() < 5 / 4000**0.5
+
+
+def test_a_loop_of_one_wave_is_an_ellipse() -> None:
+    path = periodic_noise(torch.empty(3), 8, 1)
+    torch.testing.assert_close(path[4:], -path[:4])
+    angle = 2 * math.pi * torch.arange(8) / 8
+    ellipse = angle.cos()[:, None] * path[0] + angle.sin()[:, None] * path[2]
+    torch.testing.assert_close(path, ellipse)
+
+
+def identity_model(x: torch.Tensor) -> None:
+    """The mean of the data is the code."""
+    with pyro.plate("rows", len(x)):
+        code = pyro.sample("code", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("obs", dist.Normal(code, 0.1).to_event(1), obs=x)
+
+
+def test_walks_stay_in_the_prior() -> None:
+    x, s = torch.zeros(4000, 2), 0.4
+    path = latents.walk(identity_model, x, num_steps=6, step_size=s)
+    assert path.shape == (6, 4000, 2)
+    moments(path, [(1 - s**2) ** (k / 2) for k in range(3)])
+    path = latents.loop(identity_model, x, num_steps=5, num_waves=2)
+    moments(path, [1, float((2 * math.pi * torch.tensor([1.0, 2.0]) / 5).cos().mean())])
+
+
+def test_walks_follow_the_seed() -> None:
+    x = torch.zeros(3, 2)
+    for steps in (latents.walk, latents.loop):
+        paths = []
+        for seed in (1, 1, 2):
+            pyro.set_rng_seed(seed)
+            paths.append(steps(identity_model, x, num_steps=4))
+        assert torch.equal(paths[0], paths[1])
+        assert not torch.equal(paths[0], paths[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_walks_have_the_type_of_the_model(dtype: torch.dtype) -> None:
+    decoder = MLP(LATENT_DIM, [8], DATA_DIM, dropout=0.5)
+    model = VAE(decoder, Normal(0.3), StandardNormalPrior(LATENT_DIM)).to(dtype)
+    x = torch.zeros(3, DATA_DIM, dtype=dtype)
+    path = latents.walk(model, x, num_steps=1)
+    assert path.dtype == dtype
+    assert not path.requires_grad
+    assert model.training
+    assert not list(pyro.get_param_store())
+
+
+def scaled(fn: Any) -> Any:
+    """A model whose data show its only latent."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", fn)
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(fn.event_dim), obs=x)
+
+    return model
+
+
+def test_priors_made_of_normal_noise() -> None:
+    """Each is turned back into its noise, whose moments are known."""
+    loc, root = torch.tensor([3.0, -1.0]), torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+    normal = dist.Normal(loc, torch.tensor([0.5, 2.0]))
+    x, correlations = torch.zeros(3000, 2), [1, 0.8]
+    path = latents.walk(scaled(normal.to_event(1)), x, num_steps=3, step_size=0.6)
+    moments((path - loc) / normal.scale, correlations)
+    full = dist.MultivariateNormal(loc, scale_tril=root)
+    path = latents.walk(scaled(full), x, num_steps=3, step_size=0.6)
+    moments((path - loc) @ root.inverse().T, correlations)
+    transforms = [dist.transforms.AffineTransform(loc, 2.0), dist.transforms.TanhTransform()]
+    bent = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), transforms).to_event(1)
+    path = latents.walk(scaled(bent), x, num_steps=3, step_size=0.6)
+    moments((path.atanh() - loc) / 2, correlations)
+    scalar = dist.Normal(1.0, 3.0).mask(False)
+    path = latents.walk(scaled(scalar), x[:, 0], num_steps=3, step_size=0.6)
+    moments((path[..., None] - 1) / 3, correlations)
+
+
+def test_a_flow_bends_its_noise() -> None:
+    prior = FlowPrior(
+        2, [dist.transforms.affine_autoregressive(2), dist.transforms.affine_coupling(2)]
+    )
+    model = VAE(MLP(2, [], 2), Normal(0.3), prior)
+    with torch.no_grad():
+        model.decoder[0].weight.copy_(torch.eye(2))
+        model.decoder[0].bias.zero_()
+    x = torch.zeros(500, 2)
+    paths = []
+    for seed in (5, 5):
+        pyro.set_rng_seed(seed)
+        paths.append(latents.walk(model, x, num_steps=3))
+    assert torch.equal(*paths)
+    pyro.set_rng_seed(5)
+    noise = autoregressive_noise(torch.empty(500, 2), 3, 0.3)
+    with torch.no_grad():
+        for transform in pyro.poutine.trace(model).get_trace(x).nodes["z"]["fn"].transforms:
+            noise = transform(noise)
+    torch.testing.assert_close(paths[0], noise)
+
+
+def test_all_layers_of_a_hierarchy_walk() -> None:
+    """Joint moments are those of the prior: low = top + noise."""
+    x = torch.zeros(4000, 4)
+    path = latents.walk(ladder_model, x, num_steps=3, step_size=0.6)
+    top, low = path[..., :2], path[..., 2:]
+    moments(top, [1, 0.8])
+    moments(low - top, [1, 0.8])
+    assert ((low - top) * top).mean((1, 2)).abs().max() < 5 / 8000**0.5
+
+
+@pytest.mark.parametrize("site", ["top", "low"])
+def test_one_layer_of_a_hierarchy_walks(site: str) -> None:
+    """The noise of the other one stays."""
+    path = latents.walk(ladder_model, torch.zeros(2000, 4), num_steps=3, step_size=0.6, site=site)
+    noise = {"top": path[..., :2], "low": path[..., 2:] - path[..., :2]}
+    moments(noise.pop(site), [1, 0.8])
+    (still,) = noise.values()
+    torch.testing.assert_close(still, still[:1].expand_as(still))
+    assert abs(float(still[0].std()) - 1) < 5 / 8000**0.5
+
+
+def test_walks_of_library_hierarchies() -> None:
+    conditional = NormalEncoder(MLP(2, [8], 2 * 3))
+    prior = HierarchicalPrior(StandardNormalPrior(2, site="z2"), [conditional])
+    model = VAE(MLP(3, [8], DATA_DIM), Bernoulli(), prior)
+    for site in (None, "z1", "z2"):
+        path = latents.loop(model, torch.zeros(4, DATA_DIM), num_steps=6, site=site)
+        assert path.shape == (6, 4, DATA_DIM)
+        assert (path.diff(dim=0).abs().amax((1, 2)) > 0).all()
+
+
+def test_latents_of_another_kind_stay() -> None:
+    """So do the rows that a plate draws, and what follows from a latent follows it."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x), subsample_size=5) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0))
+            double = pyro.sample("double", dist.Delta(2 * z))
+            y = pyro.sample("y", dist.Categorical(torch.ones(5, 10)))
+            loc = torch.stack([z, double, y.to(z), rows.to(z)], -1)
+            pyro.sample("obs", dist.Normal(loc, 1.0).to_event(1), obs=x[rows])
+
+    path = latents.walk(model, torch.zeros(100, 4), num_steps=4, site="z")
+    z, double, *still = path.unbind(-1)
+    assert (z.diff(dim=0).abs() > 0).all()
+    torch.testing.assert_close(double, 2 * z)
+    for value in still:
+        assert torch.equal(value, value[:1].expand_as(value))
+        assert len(value[0].unique()) > 1
+
+
+def test_a_point_mass_is_no_latent_of_its_own() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            double = pyro.sample("double", dist.Delta(2 * z).to_event(1))
+            loc = torch.cat([z, double], -1)
+            pyro.sample("obs", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    path = latents.walk(model, torch.zeros(3, 4), num_steps=4)
+    torch.testing.assert_close(path[..., 2:], 2 * path[..., :2])
+    assert (path.diff(dim=0).abs() > 0).all()
+
+
+def test_priors_that_are_not_made_of_normal_noise() -> None:
+    message = "walk: expected latents made of normal noise, got {} at site 'z'. Name another site"
+    model = VAE(MLP(2, [], 4), Bernoulli(), GaussianMixturePrior(2, 3))
+    with pytest.raises(ValueError, match=message.format(".*")):
+        latents.walk(model, torch.zeros(5, 4), num_steps=2)
+    x = torch.zeros(5)
+    for site in (None, "z"):
+        with pytest.raises(ValueError, match=message.format("Gamma")):
+            latents.walk(scaled(dist.Gamma(1.0, 1.0)), x, num_steps=2, site=site)
+    classes = dist.Categorical(torch.ones(5, 3))
+    with pytest.raises(ValueError, match=message.format("Categorical").replace("walk", "loop")):
+        latents.loop(scaled(classes), x, num_steps=2)
+    bound = dist.TransformedDistribution(
+        dist.Uniform(torch.zeros(5), 1.0), [dist.transforms.ExpTransform()]
+    )
+    with pytest.raises(ValueError, match=message.format("TransformedDistribution")):
+        latents.walk(scaled(bound), x, num_steps=2)
+    # Expanded from outside, a transformed normal would give all rows the noise of one.
+    shared = dist.ExpandedDistribution(dist.LogNormal(0.0, 1.0), torch.Size([5]))
+    with pytest.raises(ValueError, match=message.format("ExpandedDistribution")):
+        latents.walk(scaled(shared), x, num_steps=2)
+
+
+# Errors of walks.
+
+
+def test_which_latent_walks() -> None:
+    x = torch.zeros(3, 4)
+    message = r": expected site to be one of \['top', 'low'\], got 'middle'. Name the site"
+    for steps in (latents.walk, latents.loop):
+        with pytest.raises(ValueError, match=steps.__name__ + message):
+            steps(ladder_model, x, num_steps=2, site="middle")
+
+    def nothing(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("obs", dist.Normal(0.0, 1.0).expand([4]).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"walk: expected site to be one of \[\], got none"):
+        latents.walk(nothing, x, num_steps=2)
+
+
+@pytest.mark.parametrize("step_size", [0.0, -0.1, 1.1, math.nan])
+def test_step_size_out_of_range(step_size: float) -> None:
+    with pytest.raises(ValueError, match=r"walk: expected step_size in \(0, 1\], got"):
+        latents.walk(identity_model, torch.zeros(3, 2), num_steps=2, step_size=step_size)
+
+
+def test_numbers_of_steps() -> None:
+    x = torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="walk: expected num_steps >= 1, got 0"):
+        latents.walk(identity_model, x, num_steps=0)
+    with pytest.raises(TypeError, match="loop: expected an integer num_steps, got float"):
+        latents.loop(identity_model, x, num_steps=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="loop: expected num_waves >= 1, got 0"):
+        latents.loop(identity_model, x, num_steps=2, num_waves=0)
+
+
+def test_an_unknown_path() -> None:
+    model, guide = linear_pair()
+    x = torch.zeros(3, DATA_DIM)
+    message = "interpolate: expected path 'linear' or 'spherical', got 'slerp'. A linear one"
+    with pytest.raises(ValueError, match=message):
+        latents.interpolate(model, guide, x, x, path="slerp")  # type: ignore[arg-type]
+
+
+def test_traverse_needs_a_value() -> None:
+    model, guide = linear_pair()
+    with pytest.raises(ValueError, match="traverse: expected at least one value, got none"):
+        latents.traverse(model, guide, torch.zeros(3, DATA_DIM), values=[])
+
+
+def test_walks_from_data_refuse_rows_drawn_at_random() -> None:
+    """The rows of start and end, or of guide and model, would not belong together."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x), subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=x[rows])
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x), subsample_size=2) as rows:
+            pyro.sample("z", dist.Normal(x[rows], 1.0).to_event(1))
+
+    x = torch.randn(5, 1)
+    with pytest.raises(ValueError, match="interpolate: expected plate 'rows' over the rows given"):
+        latents.interpolate(model, guide, x, x)
+    with pytest.raises(ValueError, match="traverse: expected plate 'rows' over the rows given"):
+        latents.traverse(model, guide, x)

@@ -1,6 +1,7 @@
 """Figures: what is on the axes, and that nothing else is opened or changed."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -10,6 +11,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import AxLine
+from PIL import Image
 
 from pyro_vae import History, plots
 from pyro_vae.evaluation import RateDistortionPoint
@@ -52,7 +54,7 @@ CALLS: dict[str, Callable[[Axes | None], Axes]] = {
 
 
 def test_every_plot_is_here() -> None:
-    assert sorted(f"plot_{name}" for name in CALLS) == plots.__all__
+    assert [*sorted(f"plot_{name}" for name in CALLS), "save_gif"] == plots.__all__
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -282,6 +284,55 @@ def test_loadings_are_columns_with_zero_in_the_middle() -> None:
     largest = weight.abs().max().item()
     assert ax.images[0].get_clim() == (-largest, largest)
     assert shown(plots.plot_loadings(weight, 2, image_shape=(2, 3))).shape == (5, 7)
+
+
+# Films.
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_frames_of_a_film(tmp_path: Path, upright: bool) -> None:
+    """Every pixel is a square of its own on the screen, black for 1 and white for 0."""
+    x = (torch.rand(4, 5, 6) > 0.5).to(torch.float32).requires_grad_()
+    path, zoom = tmp_path / "film.gif", 3
+    given = x.reshape(4, 5, 2, 3) if upright else x
+    plots.save_gif(given, path, 2, image_shape=(2, 3), zoom=zoom, frames_per_second=25)
+    assert plt.get_fignums() == []
+    with Image.open(path) as film:
+        assert film.n_frames == 4
+        assert film.info["loop"] == 0  # For ever.
+        assert film.info["duration"] == 40
+        for index in range(4):
+            film.seek(index)
+            frame = np.asarray(film.convert("L"))
+            assert frame.shape == (8 * zoom, 7 * zoom)  # 3 rows and 2 columns, and gaps.
+            for number, image in enumerate(x[index].detach().reshape(5, 2, 3).numpy()):
+                row, column = divmod(number, 2)
+                tile = frame[zoom * 3 * row :, zoom * 4 * column :][: 2 * zoom, : 3 * zoom]
+                expected = 255 * (1 - image.repeat(zoom, 0).repeat(zoom, 1))
+                assert np.array_equal(tile, expected)
+
+
+def test_limits_of_a_film_are_those_of_all_frames(tmp_path: Path) -> None:
+    x = torch.tensor([-2.0, 0.0, 2.0]).reshape(3, 1, 1)
+    plots.save_gif(x, tmp_path / "film.gif", 1, limits=None)
+    with Image.open(tmp_path / "film.gif") as film:
+        greys = []
+        for index in range(3):
+            film.seek(index)
+            greys.append(int(np.asarray(film.convert("L")).mean()))
+    assert greys[0] == 255
+    assert 100 < greys[1] < 155
+    assert greys[2] == 0
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (0, 5, 9), (9,)])
+def test_a_film_has_frames_of_images(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"save_gif: expected images \(num_frames, N, pixels\), g"):
+        plots.save_gif(torch.zeros(shape), tmp_path / "film.gif")
+    with pytest.raises(ValueError, match="plots: expected images of 3 x 3 = 9 pixels, got 12"):
+        plots.save_gif(torch.zeros(2, 5, 12), tmp_path / "film.gif")
+    assert plt.get_fignums() == []
+    assert not list(tmp_path.iterdir())
 
 
 # Codes.
