@@ -138,7 +138,8 @@ class FiLM(nn.Module):
     .. math:: h_l = \sigma\big((1 + \gamma_l(c)) \odot (W_l h_{l-1} + b_l) + \beta_l(c)\big)
 
     The maps to scale and shift are linear and start at zero, so that the context plays no role
-    at first and its gradient does from the first step.
+    at first. They learn from the first step on, and with them what ``embed`` learns from the
+    second.
 
     Args:
         in_features: Width of the input.
@@ -161,7 +162,7 @@ class FiLM(nn.Module):
 
     References:
         Perez et al. (2018), FiLM: visual reasoning with a general conditioning layer, equation 2,
-        https://arxiv.org/abs/1709.07871. The 1 in front of the scale is from section 7.2.
+        https://arxiv.org/abs/1709.07871. The 1 in front of the scale is theirs, too.
     """
 
     def __init__(
@@ -221,6 +222,11 @@ def _features(
             "embed=OneHot(num_classes) or embed=Embed(num_classes, dim)."
         )
     features: torch.Tensor = context if embed is None else embed(context)
+    if not features.dim():
+        raise ValueError(
+            f"{where}: expected a context with features in its last dimension, got a single "
+            "number. Give each row a vector; context.reshape(-1, 1) makes one of a number a row."
+        )
     try:
         torch.broadcast_shapes(h.shape[:-1], features.shape[:-1])
     except RuntimeError as err:
