@@ -2,6 +2,7 @@
 
 from pyro_vae import (
     baselines,
+    conditioning,
     datasets,
     evaluation,
     guides,
@@ -25,6 +26,7 @@ __all__ = [
     "History",
     "LogLikelihoodEstimate",
     "baselines",
+    "conditioning",
     "datasets",
     "evaluation",
     "fit",

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_vae.checks import check_at_least
+from pyro_vae.labelled_data import mask_labels
 from pyro_vae.paired_data import drop_modalities, pair_by_class
 from pyro_vae.sprites import load_sprites
 
@@ -20,6 +21,7 @@ __all__ = [
     "load_mnist",
     "load_sprites",
     "load_svhn",
+    "mask_labels",
     "pair_by_class",
 ]
 

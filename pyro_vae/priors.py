@@ -11,7 +11,10 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import Transform, constraints, transform_to
 
+from pyro_vae.categorical_priors import CategoricalPrior, OneHotPrior
 from pyro_vae.checks import check_at_least
+from pyro_vae.code_priors import AutoregressiveCodePrior, UniformCodePrior
+from pyro_vae.conditional_priors import ConditionalPrior, Unconditional
 from pyro_vae.flows import ForeignFlow, TransformedNormal
 from pyro_vae.interplay_prior import InterplayPrior
 from pyro_vae.isolation import without_side_effects
@@ -26,11 +29,17 @@ from pyro_vae.prior_checks import (
 from pyro_vae.program import Program
 
 __all__ = [
+    "AutoregressiveCodePrior",
+    "CategoricalPrior",
+    "ConditionalPrior",
     "FlowPrior",
     "GaussianMixturePrior",
     "HierarchicalPrior",
     "InterplayPrior",
+    "OneHotPrior",
     "StandardNormalPrior",
+    "Unconditional",
+    "UniformCodePrior",
     "VampPrior",
 ]
 

@@ -9,10 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
+    "auto_guide.py",
     "beta_vae.py",
+    "categorical.py",
     "compare.py",
+    "conditional.py",
     "disentangle.py",
     "experts.py",
+    "from_pca_to_vae.py",
     "hierarchical.py",
     "iwae.py",
     "latent_arithmetic.py",
@@ -20,7 +24,12 @@ EXAMPLES = [
     "mnist_svhn.py",
     "multimodal_digits.py",
     "priors.py",
+    "semi_supervised.py",
+    "textbook.py",
+    "textbook_bounds.py",
+    "textbook_posteriors.py",
     "vae_mnist.py",
+    "vq_vae.py",
 ]
 
 

@@ -2,6 +2,9 @@
 
 from pyro_vae.evaluation.active_units import ActiveUnits, active_units
 from pyro_vae.evaluation.aggregate import AggregatePosterior, aggregate_posterior
+from pyro_vae.evaluation.calibration import Calibration, calibration
+from pyro_vae.evaluation.class_posterior import ClassPosterior, class_posterior
+from pyro_vae.evaluation.codebook_usage import CodebookUsage, codebook_usage
 from pyro_vae.evaluation.coherence import Coherence, coherence
 from pyro_vae.evaluation.collapse import LatentUse, PosteriorCollapse, posterior_collapse
 from pyro_vae.evaluation.conditional import conditional_log_likelihood
@@ -25,17 +28,28 @@ from pyro_vae.evaluation.latent_classification import (
     latent_classification,
 )
 from pyro_vae.evaluation.likelihood import importance_weighted_log_likelihood
+from pyro_vae.evaluation.quadrature import (
+    GridElbo,
+    GridPosterior,
+    quadrature,
+    quadrature_elbo,
+)
 from pyro_vae.evaluation.rate_distortion import RateDistortionPoint, rate_distortion
 from pyro_vae.evaluation.weights import pareto_k
 
 __all__ = [
     "ActiveUnits",
     "AggregatePosterior",
+    "Calibration",
+    "ClassPosterior",
+    "CodebookUsage",
     "Coherence",
     "DCIScore",
     "ElboTerms",
     "FixedFactorScore",
     "GapScore",
+    "GridElbo",
+    "GridPosterior",
     "LatentClassification",
     "LatentUse",
     "LogLikelihoodEstimate",
@@ -45,7 +59,10 @@ __all__ = [
     "active_units",
     "aggregate_posterior",
     "beta_vae_score",
+    "calibration",
+    "class_posterior",
     "code_factor_information",
+    "codebook_usage",
     "coherence",
     "conditional_log_likelihood",
     "dci",
@@ -56,6 +73,8 @@ __all__ = [
     "mutual_information_gap",
     "pareto_k",
     "posterior_collapse",
+    "quadrature",
+    "quadrature_elbo",
     "rate_distortion",
     "sap_score",
 ]
