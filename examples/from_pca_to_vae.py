@@ -27,9 +27,6 @@ from pyro.infer import SVI, TraceMeanField_ELBO
 from sklearn.decomposition import PCA
 
 from pyro_vae import baselines, fit, importance_weighted_log_likelihood, latents
-from pyro_vae.baselines.autoencoder import fit_autoencoder
-from pyro_vae.baselines.linear_autoencoder import linear_autoencoder, principal_angles
-from pyro_vae.baselines.made import MADE, fit_made
 from pyro_vae.datasets import DIGITS_GREY_LEVELS, Batches, load_digits
 from pyro_vae.guides import AmortizedNormal
 from pyro_vae.likelihoods import Normal
@@ -41,15 +38,7 @@ Args = argparse.Namespace
 Tensor = torch.Tensor
 Coder = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """From images to codes, and back to mean images."""
-HIDDEN = [200, 100]
-
-
-class DroppingReLU(torch.nn.Dropout):
-    """ReLU and dropout, without which MADE soon knows 1,437 images by heart."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies both."""
-        return super().forward(x.relu())
+HIDDEN, LATENT_DIM, NOISE = [200, 100], 10, 0.2
 
 
 def train_vae(x: Tensor, latent_dim: int, args: Args) -> tuple[VAE, AmortizedNormal]:
@@ -59,15 +48,14 @@ def train_vae(x: Tensor, latent_dim: int, args: Args) -> tuple[VAE, AmortizedNor
     likelihood = Normal(x.std(0).clamp(min=1 / DIGITS_GREY_LEVELS), learn=True)
     vae = VAE(MLP(latent_dim, HIDDEN[::-1], 64), likelihood, StandardNormalPrior(latent_dim))
     batches = Batches(x, batch_size=100)
-    num_steps = args.epochs * len(batches)
-    settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-3}, "T_max": num_steps}
-    optimizer = pyro.optim.CosineAnnealingLR(settings)
+    settings = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-3}}
+    optimizer = pyro.optim.CosineAnnealingLR({**settings, "T_max": args.epochs * len(batches)})
     svi = SVI(vae, guide, optimizer, TraceMeanField_ELBO())
     fit(svi, batches, args.epochs, schedules=[optimizer])
     return vae, guide
 
 
-def coder_of_vae(vae: VAE, guide: AmortizedNormal) -> Coder:
+def vae_coder(vae: VAE, guide: AmortizedNormal) -> Coder:
     """Means of q(z | x) and of p(x | z)."""
     return (
         lambda x: latents.encode(guide, x).mean,
@@ -75,19 +63,20 @@ def coder_of_vae(vae: VAE, guide: AmortizedNormal) -> Coder:
     )
 
 
-def coder_of_autoencoder(x: Tensor, latent_dim: int, noise: float, args: Args) -> Coder:
+def autoencoder(x: Tensor, latent_dim: int, noise: float, args: Args) -> Coder:
     """The same networks, trained the same way on the squared error."""
     torch.manual_seed(args.seed)
-    encoder, decoder = MLP(64, HIDDEN, latent_dim), MLP(latent_dim, HIDDEN[::-1], 64)
-    autoencoder = fit_autoencoder(x, encoder, decoder, noise=noise, num_epochs=args.epochs)
-    return autoencoder.encode, autoencoder.decode
+    nets = MLP(64, HIDDEN, latent_dim), MLP(latent_dim, HIDDEN[::-1], 64)
+    fitted = baselines.fit_autoencoder(x, *nets, noise=noise, num_epochs=args.epochs)
+    return fitted.encode, fitted.decode
 
 
-def linear_coders(x: Tensor, latent_dim: int) -> dict[str, Coder]:
+def linear_coders(x: Tensor) -> dict[str, Coder]:
     """PCA and the linear autoencoder, which have no density, and pPCA."""
-    pca, ppca = PCA(latent_dim).fit(x.double().numpy()), baselines.ppca(x, latent_dim)
-    linear, axes = linear_autoencoder(x, latent_dim), torch.as_tensor(pca.components_)
-    angle = principal_angles(linear.get_parameter("decoder.weight"), axes.mT).max()
+    pca, ppca = PCA(LATENT_DIM).fit(x.double().numpy()), baselines.ppca(x, LATENT_DIM)
+    linear = baselines.linear_autoencoder(x, LATENT_DIM)
+    axes = torch.as_tensor(pca.components_)
+    angle = baselines.principal_angles(linear.get_parameter("decoder.weight"), axes.mT).max()
     print(f"largest angle between the linear autoencoder and PCA: {float(angle):.1e} rad")
     linear.to(x.dtype)
     loc, axes, weight = ppca.loc.to(x), axes.to(x), ppca.weight.to(x)
@@ -103,91 +92,84 @@ def distance(images: Tensor, x: Tensor) -> float:
     return float(torch.cdist(images, x).amin(1).mean())
 
 
+@torch.no_grad()
 def main(args: Args) -> pd.DataFrame:
     """Fits, evaluates, prints, draws; returns the table."""
     args.out.mkdir(parents=True, exist_ok=True)
     (x, y), (x_test, _) = load_digits()
-    size = args.latent_dim
-    vae = train_vae(x, size, args)
-    coders = linear_coders(x, size)
-    coders["autoencoder"] = coder_of_autoencoder(x, size, 0.0, args)
-    coders["denoising autoencoder"] = coder_of_autoencoder(x, size, args.noise, args)
-    coders["VAE"] = coder_of_vae(*vae)
-    made = MADE(64, [200], num_components=5, activation=DroppingReLU)
-    fit_made(x, made, num_epochs=args.epochs)
-    planes = {"autoencoder": coder_of_autoencoder(x, 2, 0.0, args)}
-    planes["VAE"] = coder_of_vae(*train_vae(x, 2, args))
+    with torch.enable_grad():
+        coders, vae = linear_coders(x), train_vae(x, LATENT_DIM, args)
+        coders["autoencoder"] = autoencoder(x, LATENT_DIM, 0.0, args)
+        coders["denoising autoencoder"] = autoencoder(x, LATENT_DIM, NOISE, args)
+        coders["VAE"] = vae_coder(*vae)
+        # Without dropout MADE soon knows 1,437 images by heart.
+        made = baselines.MADE(64, [200], num_components=5, dropout=0.5)
+        baselines.fit_made(x, made, num_epochs=args.epochs)
+        planes = {"autoencoder": autoencoder(x, 2, 0.0, args)}
+        planes["VAE"] = vae_coder(*train_vae(x, 2, args))
 
     rows: dict[str, dict[str, float]] = {}
-    images = {"held-out digits": x_test}
-    with torch.no_grad():
-        for name, (encode, decode) in coders.items():
-            images[name] = decode(encode(x_test))
-            rows[name] = {"error": float((images[name] - x_test).square().sum(1).mean())}
-            fitted = baselines.gaussian(encode(x)).sample(1000).to(x)
-            for prior, codes in {"N(0, I)": torch.randn(1000, size), "fitted": fitted}.items():
-                images[f"{name}: {prior}"] = samples = decode(codes)
-                rows[name][prior] = distance(samples, x)
-        images["MADE: samples"] = made.sample(20)
-        exact = {"pPCA": baselines.ppca(x, size).log_prob(x_test), "MADE": made.log_prob(x_test)}
-        draw_planes(x, y, planes, args.out / "from_pca_to_vae_planes.png")
-    draw_images(images, args.out / "from_pca_to_vae.png")
+    decoded, samples = {}, {"MADE": made.sample(20)}
+    for name, (encode, decode) in coders.items():
+        decoded[name] = decode(encode(x_test))
+        rows[name] = {"error": float((decoded[name] - x_test).square().sum(1).mean())}
+        fitted = baselines.gaussian(encode(x)).sample(1000).to(x)
+        for prior, codes in {"N(0, I)": torch.randn(1000, LATENT_DIM), "fitted": fitted}.items():
+            samples[f"{name}: {prior}"] = images = decode(codes)
+            rows[name][prior] = distance(images, x)
     estimate = importance_weighted_log_likelihood(*vae, x_test, num_particles=args.num_particles)
     table = pd.DataFrame({**rows, "MADE": {}}).T
-    log_lik = {name: float(values.mean()) for name, values in exact.items()}
-    table.insert(1, "log-lik.", pd.Series({**log_lik, "VAE": estimate.mean()}))
+    ppca, made_test = baselines.ppca(x, LATENT_DIM).log_prob(x_test), made.log_prob(x_test)
+    exact = {"pPCA": float(ppca.mean()), "MADE": float(made_test.mean())}
+    table.insert(1, "log-lik.", pd.Series({**exact, "VAE": estimate.mean()}))
     table.insert(2, "+- MC", pd.Series({"VAE": estimate.mean_standard_error()}))
     table.to_csv(args.out / "from_pca_to_vae.csv")
     print(
-        f"\n{len(x_test)} held-out digits, {size} latents: squared error and nats per image; mean"
+        f"\n{len(x_test)} held-out digits, {LATENT_DIM} latents: squared error and nats per image;"
     )
-    print("distance of samples to the nearest training image, by where their codes come from")
+    print("mean distance of samples to the nearest training image, by where their codes come from")
     print(f"(of held-out digits {distance(x_test, x):.3f})\n")
     print(table.to_string(float_format="{:.3f}".format, na_rep="-"))
+    draw(x, y, x_test, {**decoded, **samples}, planes, args.out)
     print(f"\nThe table and the figures are in {args.out}/")
     return table
 
 
-def draw_images(images: dict[str, Tensor], path: Path) -> None:
-    """Writes digits, their reconstructions and samples."""
-    from matplotlib import pyplot as plt
-
-    from pyro_vae import plots
-
-    data, *names = (name for name in images if "linear" not in name)
-    names = [name for name in names if ":" not in name] + [name for name in names if ":" in name]
-    figure, ax = plt.subplots(figsize=(9, 6.5), layout="constrained")
-    plots.plot_reconstructions(images[data][:20], {n: images[n][:20] for n in names}, ax=ax)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_planes(x: Tensor, y: Tensor, planes: dict[str, Coder], path: Path) -> None:
-    """Writes codes in the plane, above what is decoded there."""
+def draw(
+    x: Tensor,
+    y: Tensor,
+    x_test: Tensor,
+    images: dict[str, Tensor],
+    planes: dict[str, Coder],
+    out: Path,
+) -> None:
+    """Writes reconstructions and samples; codes in the plane, above what is decoded there."""
     from matplotlib import pyplot as plt
     from matplotlib.patches import Circle
 
     from pyro_vae import plots
 
+    figure, ax = plt.subplots(figsize=(9, 6.5), layout="constrained")
+    shown = {name: rows[:20] for name, rows in images.items() if "linear" not in name}
+    plots.plot_reconstructions(x_test[:20], shown, ax=ax)
+    figure.savefig(out / "from_pca_to_vae.png", dpi=120)
     figure, axes = plt.subplots(2, len(planes), figsize=(12, 11), layout="constrained")
     for (top, bottom), (name, (encode, decode)) in zip(axes.T, planes.items(), strict=True):
         down, right = torch.meshgrid(*2 * [torch.linspace(-4, 4, 120)], indexing="ij")
-        images = decode(torch.stack([right, -down], -1).flatten(0, 1))
-        nearest = torch.cdist(images, x).amin(1).reshape(down.shape)
+        grid = decode(torch.stack([right, -down], -1).flatten(0, 1))
+        nearest = torch.cdist(grid, x).amin(1).reshape(down.shape)
         top.imshow(nearest, cmap="gray_r", vmin=0.9, vmax=2.5, extent=[-4, 4, -4, 4])
         plots.plot_codes(encode(x), y, ax=top)
         for radius in (1, 2, 3):
             top.add_patch(Circle((0, 0), radius, fill=False, color="red", linestyle="--"))
         top.set(title=name, xlim=(-4, 4), ylim=(-4, 4))
-        plots.plot_images(images.reshape(120, 120, -1)[3::6, 3::6].flatten(0, 1), 20, ax=bottom)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        plots.plot_images(grid.reshape(120, 120, -1)[3::6, 3::6].flatten(0, 1), 20, ax=bottom)
+    figure.savefig(out / "from_pca_to_vae_planes.png", dpi=120)
+    plt.close("all")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--latent-dim", type=int, default=10)
-    parser.add_argument("--noise", type=float, default=0.2, help="of the denoising autoencoder")
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--num-particles", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("results"))

@@ -20,6 +20,7 @@ class AutoregressiveNet(nn.Module):
         in_features: Numbers that make up one variable: 1, or K for one-hot vectors.
         out_features: Outputs for each variable, such as loc and raw scale.
         activation: Class of the activation.
+        dropout: Probability of dropping a hidden unit while training.
 
     Shapes: ``(*sample, batch, N * in_features)`` to ``(*sample, batch, N, out_features)``.
 
@@ -44,6 +45,7 @@ class AutoregressiveNet(nn.Module):
         in_features: int = 1,
         out_features: int = 2,
         activation: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
     ) -> None:
         where = "AutoregressiveNet"
         check_at_least(where, "num_variables", num_variables, 1)
@@ -61,6 +63,8 @@ class AutoregressiveNet(nn.Module):
         for width in hidden:
             units = torch.arange(width) % max(num_variables - 1, 1) + 1
             layers += [_masked(seen, units), activation()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
             seen = units
         outputs = torch.arange(num_variables).repeat_interleave(out_features)
         self.layers = nn.Sequential(*layers, _masked(seen, outputs))

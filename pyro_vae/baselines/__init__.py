@@ -1,7 +1,8 @@
-"""Exact and EM answers to hold a variational autoencoder against.
+"""Exact and EM answers to hold a variational autoencoder against, and networks without latents.
 
-Each fit takes a data matrix and returns a result with ``log_prob(x)`` in nats per row, the exact
-``posterior(x)`` and ``sample(num_samples)``. All of it is computed in float64.
+Each closed-form or EM fit takes a data matrix and returns a result with ``log_prob(x)`` in nats per
+row, the exact ``posterior(x)`` and ``sample(num_samples)``. All of it is computed in float64.
+Autoencoders have no density; ``MADE`` has one and no latents.
 ``MultimodalLinearGaussian``, the fit of ``canonical_correlation``, takes a batch by modality for x,
 and each row may lack some.
 """

@@ -31,6 +31,7 @@ class MADE(nn.Module):
         min_scale: Smallest standard deviation of a normal, in units of ``scale``. Without a floor
             the likelihood has no maximum.
         activation: Class of the activation.
+        dropout: Probability of dropping a hidden unit while training.
 
     Attributes:
         loc: Shape ``(D,)``, zeros at first; subtracted from real data before the network.
@@ -65,6 +66,7 @@ class MADE(nn.Module):
         num_components: int | None = None,
         min_scale: float = 1e-3,
         activation: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
     ) -> None:
         if num_components is not None:
             fix = "Leave it out for binary data."
@@ -78,7 +80,11 @@ class MADE(nn.Module):
         self.num_components, self.min_scale = num_components, min_scale
         out_features = 1 if num_components is None else 3 * num_components
         self.net = AutoregressiveNet(
-            num_variables, hidden, out_features=out_features, activation=activation
+            num_variables,
+            hidden,
+            out_features=out_features,
+            activation=activation,
+            dropout=dropout,
         )
         self.register_buffer("loc", torch.zeros(num_variables))
         self.register_buffer("scale", torch.ones(num_variables))
