@@ -54,7 +54,7 @@ class Codebook(nn.Module):
         appendix A.1, https://arxiv.org/abs/1711.00937. Their :math:`N_k` are not smoothed as in
         other implementations, which draws codes without use to the origin: a code without
         vectors stays where it is. Codes are revived as in Dhariwal et al. (2020), Jukebox,
-        section 3.2, https://arxiv.org/abs/2005.00341
+        section 3, https://arxiv.org/abs/2005.00341
     """
 
     vectors: torch.Tensor

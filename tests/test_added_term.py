@@ -23,6 +23,23 @@ class _Tagged(dist.Normal):  # type: ignore[misc]
         return super().expand(batch_shape, self._get_checked_instance(_Tagged, _instance))
 
 
+class _Late(_Tagged):
+    """One whose term is computed from a parameter when it is asked for."""
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        new = super().expand(batch_shape, self._get_checked_instance(_Late, _instance))
+        new.parameter = self.parameter
+        return new
+
+
+class Late_ELBO(AddedTermELBO):
+    def _wanted(self, fn: Any) -> bool:
+        return isinstance(fn, _Late)
+
+    def _term(self, fn: Any) -> torch.Tensor:
+        return fn.parameter**2
+
+
 class Added_ELBO(AddedTermELBO):
     def _wanted(self, fn: Any) -> bool:
         return isinstance(fn, _Tagged)
@@ -159,6 +176,21 @@ def test_objectives_inside_look_at_the_programs_once() -> None:
     after_first = pair.runs
     objective.loss_and_grads(pair.model, pair.guide, X)
     assert pair.runs == after_first + 1
+
+
+def test_a_first_look_adds_no_term() -> None:
+    """Our objectives run a new pair once without gradients."""
+    pair = Counting()
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", 3):
+            fn = _Late(pair.loc, 1.0)
+            fn.parameter = pair.loc
+            pyro.sample("z", fn)
+
+    elbo = TraceFreeBits_ELBO(0.1)
+    added = gradient(Late_ELBO(elbo), pair, guide) - gradient(elbo, pair, guide)
+    torch.testing.assert_close(added, 2 * pair.loc.detach())
 
 
 def test_it_steps_under_svi_and_can_be_copied() -> None:

@@ -8,8 +8,7 @@ from scipy.linalg import subspace_angles
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from pyro_vae.baselines.autoencoder import Autoencoder, fit_autoencoder
-from pyro_vae.baselines.linear_autoencoder import linear_autoencoder, principal_angles
+from pyro_vae.baselines import Autoencoder, fit_autoencoder, linear_autoencoder, principal_angles
 from pyro_vae.datasets import load_digits
 from pyro_vae.nets import MLP
 

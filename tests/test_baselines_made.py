@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from pyro_vae.baselines.made import MADE, fit_made
+from pyro_vae.baselines import MADE, fit_made
 
 MIN_SCALE = 1e-3
 

@@ -39,6 +39,7 @@ def test_extremes() -> None:
     even = CodebookUsage(torch.full((7,), 3))
     assert even.perplexity == pytest.approx(7, rel=1e-12)
     assert even.entropy == pytest.approx(math.log(7), rel=1e-12)
+    assert CodebookUsage(torch.tensor([1, 0, 7])).num_used == 2
     single = CodebookUsage(torch.tensor([0, 9, 0]))
     assert (single.num_used, single.entropy, single.perplexity) == (1, 0.0, 1.0)
 

@@ -74,7 +74,7 @@ def codebook_usage(
 
     Example:
         >>> from pyro_vae.codebook import Codebook
-        >>> from pyro_vae.guides.codes import NearestCode
+        >>> from pyro_vae.guides import NearestCode
         >>> from pyro_vae.nets import MLP
         >>> guide = NearestCode(MLP(64, [32], 3 * 2), Codebook(8, code_dim=2), num_positions=3)
         >>> codebook_usage(guide, torch.randn(5, 64)).counts.sum()

@@ -104,7 +104,8 @@ class _Recorder(Messenger):
         return sites
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if is_random(msg) and self._wanted(msg["fn"]):
+        # Without gradients an objective takes its first look at a pair: that is no step.
+        if torch.is_grad_enabled() and is_random(msg) and self._wanted(msg["fn"]):
             scale: Any = subsampling(frames(msg))
             # Not the scale of the site: in that the beta of scale_kl counts, which may be zero.
             for handler in _PYRO_STACK:

@@ -49,8 +49,8 @@ class TraceVQ_ELBO(AddedTermELBO):
 
     Example:
         >>> import pyro
-        >>> from pyro_vae.code_priors import UniformCodePrior
-        >>> from pyro_vae.guides.codes import NearestCode
+        >>> from pyro_vae.priors import UniformCodePrior
+        >>> from pyro_vae.guides import NearestCode
         >>> from pyro_vae.likelihoods import Bernoulli
         >>> from pyro_vae.models import VAE
         >>> from pyro_vae.nets import MLP
@@ -79,19 +79,19 @@ class TraceVQ_ELBO(AddedTermELBO):
         """
         with _Assigned() as assigned:
             loss = super().differentiable_loss(model, guide, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return loss
         if not assigned.vectors:
             raise ValueError(
                 "TraceVQ_ELBO: expected a guide that samples nearest codes, got none. Use "
                 "guides.NearestCode; with a temperature it has them in train mode alone."
             )
-        if torch.is_grad_enabled():
-            for codebook, vectors in assigned.vectors.items():
-                codebook.update(torch.cat(vectors))
+        for codebook, vectors in assigned.vectors.items():
+            codebook.update(torch.cat(vectors))
         return loss
 
     def _wanted(self, fn: Any) -> bool:
-        # Objectives look at the programs before they train them: without gradients.
-        return torch.is_grad_enabled() and _nearest(fn) is not None
+        return _nearest(fn) is not None
 
     def _term(self, fn: Any) -> torch.Tensor:
         if isinstance(fn, MaskedDistribution):
@@ -120,7 +120,8 @@ class _Assigned(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         fn = _nearest(msg["fn"])
-        if fn is None or not is_latent(msg):
+        # Without gradients an objective takes its first look at a pair: that is no step.
+        if fn is None or not is_latent(msg) or not torch.is_grad_enabled():
             return
         encoded = fn.encoded.detach().expand(*fn.batch_shape, *fn.event_shape)
         mask = mask_of(msg)
