@@ -109,7 +109,8 @@ class AmortizedOneHot(_Amortized):
 
     The first two need a discrete prior, ``OneHotPrior`` without a temperature: the loss is the true
     bound, its gradient biased. ``TraceMeanField_ELBO`` has the KL and its gradient exactly, so
-    that only the gradient of the reconstruction is biased. Where K^L is small,
+    that only the gradient of the reconstruction is biased. In a model of your own write the prior
+    as a ``pyro_vae.one_hot.OneHotStraightThrough`` too, which says why. Where K^L is small,
     :class:`AmortizedCategorical` with ``TraceEnum_ELBO`` has no bias and no noise.
 
     Args:

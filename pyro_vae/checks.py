@@ -112,8 +112,8 @@ def check_values(
     if mask is False:
         return
     *wrappers, base = layers(fn)
-    if any(hasattr(wrapper, "_mask") for wrapper in wrappers):
-        return
+    if any(hasattr(wrapper, "_mask") for wrapper in wrappers) or isinstance(base, dist.Unit):
+        return  # A factor has no value.
     seen = value
     if isinstance(mask, torch.Tensor):
         batch_shape = value.shape[: value.dim() - fn.event_dim]

@@ -30,6 +30,10 @@ class OneHotStraightThrough(dist.OneHotCategorical):
     ``TraceMeanField_ELBO``. Pyro's ``RelaxedOneHotCategoricalStraightThrough`` gives one-hot
     samples the density of the relaxed ones, which says nothing about a discrete prior.)
 
+    Write the prior in a model of your own with this class as well: the density of a plain
+    ``OneHotCategorical`` has no gradient along the samples, so that the guide would be trained as
+    if that prior were uniform, but for ``TraceMeanField_ELBO`` and a single layer of latents.
+
     Args:
         probs: Weights of the categories, ``(*batch, K)``.
         logits: Or their logarithms; ``-inf`` for categories that do not occur.

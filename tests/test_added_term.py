@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from pyro_vae import scale_kl
-from pyro_vae.objectives import TraceFreeBits_ELBO
+from pyro_vae.objectives import TraceFreeBits_ELBO, TraceIWAE_ELBO
 from pyro_vae.objectives.added_term import AddedTermELBO
 
 
@@ -86,8 +86,19 @@ def gradient(objective: Any, pair: Counting, guide: Any = None) -> torch.Tensor:
         TraceMeanField_ELBO(),
         TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
         TraceFreeBits_ELBO(0.1),
+        TraceIWAE_ELBO(3, num_groups=2),
+        TraceIWAE_ELBO(3, "dreg", num_groups=2, vectorize_particles=False),
     ],
-    ids=["plain", "four", "four at once", "mean field", "enumeration", "free bits"],
+    ids=[
+        "plain",
+        "four",
+        "four at once",
+        "mean field",
+        "enumeration",
+        "free bits",
+        "groups",
+        "groups, one by one",
+    ],
 )
 def test_the_gradient_gains_the_term_and_the_loss_does_not(elbo: Any) -> None:
     pair = Counting()

@@ -78,6 +78,13 @@ def test_check_values_under_a_mask() -> None:
         check_values("f", "x", fn, x, True)
 
 
+def test_check_values_of_a_factor_under_a_mask() -> None:
+    """It has a density and no value."""
+    value = torch.zeros(3, 0)
+    fn = dist.Unit(torch.zeros(3))
+    check_values("me", "f", fn, value, torch.tensor([True, False, True]))
+
+
 def test_check_values_outside_the_support() -> None:
     match = r"f: expected values at site 'x' in the support .* of Beta, got values in \[-1, 0.5\]"
     with pytest.raises(ValueError, match=match):

@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
 
+from pyro_vae.objectives.objective import Objective
 from pyro_vae.traces import frames, is_random, subsampling
 
 __all__ = ["AddedTermELBO"]
@@ -70,7 +71,8 @@ class AddedTermELBO(ELBO):
                 term = torch.where(torch.as_tensor(mask, device=term.device), term, 0.0)
             total = total + (scale * term).sum()
         # Inner ELBOs run the guide once a particle, or once for all of them side by side.
-        total = total / self.elbo.num_particles
+        of_ours = isinstance(self.elbo, Objective)  # These may have groups of particles.
+        total = total / (self.elbo._total_particles if of_ours else self.elbo.num_particles)
         return bound + (total - total.detach())
 
     def _record(self, guide: Program) -> "tuple[_Recorder, Program]":
