@@ -29,8 +29,9 @@ class AmortizedAutoGuide(Program):
 
     Local are the latents inside the plate over the data. Each has a head, an ``MLP`` from the
     encoder's features of a row, and from the latents it depends on, to a normal distribution over
-    the reals, which ``biject_to(support)`` carries into the site's support. With h_n the features
-    of row n and ``pa`` the parents of a site in the guide
+    the reals, which ``biject_to(support)`` carries into the site's support (for simplices, the
+    softmax with a last logit of zero). With h_n the features of row n and ``pa`` the parents of a
+    site in the guide
 
     .. math:: q(z \mid x) = \prod_n \prod_i q(z_{in} \mid h_n, z_{pa(i),n})
 

@@ -7,7 +7,8 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints
+from torch.nn.functional import pad
 
 from pyro_vae.flows import ExactFlow
 from pyro_vae.nets import MLP, MultivariateNormalEncoder, NormalEncoder
@@ -110,25 +111,38 @@ def rows_of(value: torch.Tensor, event_dim: int, nesting: int, dim: int) -> torc
 
 
 def to_support(support: Any) -> Any:
-    """The bijection from the reals, ``biject_to``, with an inverse that rounding does not spoil."""
+    """A bijection from the reals to a support: ``biject_to``, but for simplices a softmax.
+
+    Torch breaks a stick there: in float32 nothing is left of it beside a large piece.
+    """
     if isinstance(support, constraints.independent):
         base = to_support(support.base_constraint)
         return dist.transforms.IndependentTransform(base, support.reinterpreted_batch_ndims)
     is_simplex = isinstance(support, type(constraints.simplex))
-    return _StickBreaking() if is_simplex else biject_to(support)
+    return _LogRatio() if is_simplex else biject_to(support)
 
 
-class _StickBreaking(dist.transforms.StickBreakingTransform):
-    """Torch's, but what is left of the stick is summed up from its end.
+class _LogRatio(Transform):
+    """The inverse of log-ratios to the last share, after Aitchison (1982)."""
 
-    Torch takes one minus the pieces before: in float32 nothing is left next to a large piece.
-    """
+    domain, codomain, bijective = constraints.real_vector, constraints.simplex, True
+
+    def _call(self, x: torch.Tensor) -> torch.Tensor:
+        # As torch does elsewhere: a share of zero lies outside the simplex.
+        return pad(x, (0, 1)).softmax(-1).clamp(min=torch.finfo(x.dtype).tiny)
 
     def _inverse(self, y: torch.Tensor) -> torch.Tensor:
-        num = y.shape[-1] - 1
-        left = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
-        offset = torch.arange(num, 0, -1, dtype=y.dtype, device=y.device)
-        return y[..., :-1].log() - left.log() + offset.log()
+        log = y.log()
+        return log[..., :-1] - log[..., -1:]
+
+    def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return pad(x, (0, 1)).log_softmax(-1).sum(-1)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size([*shape[:-1], shape[-1] + 1])
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size([*shape[:-1], shape[-1] - 1])
 
 
 def _num_values(site: LatentSite, structure: ModelStructure) -> int:
