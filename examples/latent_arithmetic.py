@@ -6,7 +6,7 @@ Trains a VAE on the grey digits of scikit-learn and moves about in its latent sp
 lines and great circles (White 2016, https://arxiv.org/abs/1609.04468), along coordinates, at random
 without leaving the prior, and along attribute vectors, differences of mean codes (Larsen et al.
 2016, https://arxiv.org/abs/1512.09300). Logistic regression on real digits judges the pictures.
-Expect it to be surer halfway along a circle, where the code keeps its norm, than along a line; six
+Expect it to be surer halfway along a circle, where codes keep their norm, than along a line; six
 digits of seven to turn into another along the vector between two classes; and a vector of slant,
 averaged within the classes, to keep at least as many digits in their class for the same slant.
 Writes a table, a figure and a film. Takes about half a minute on one core.
@@ -26,27 +26,24 @@ from sklearn.linear_model import LogisticRegression
 from pyro_vae import fit, latents
 from pyro_vae.datasets import Batches, load_digits
 from pyro_vae.guides import AmortizedNormal
-from pyro_vae.latent_paths import great_circle
 from pyro_vae.likelihoods import Normal
 from pyro_vae.models import VAE
 from pyro_vae.nets import MLP
 from pyro_vae.priors import StandardNormalPrior
 
-Args = argparse.Namespace
 LATENT_DIM = 10
-AMOUNTS = [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
+PATHS: list[Any] = ["linear", "spherical"]
+AMOUNTS = [-2, -1, 0, 1, 2]
 SHOWN = [(3, 8), (8, 3), (5, 6), (0, 6), (1, 7), (7, 2), (4, 9), (9, 5), (6, 4), (2, 1)]
 
 
-def train(x: torch.Tensor, args: Args) -> tuple[VAE, AmortizedNormal]:
+def train(x: torch.Tensor, num_epochs: int) -> tuple[VAE, AmortizedNormal]:
     """Trains by SVI with Adam; the noise of the pixels is learnt, too."""
     decoder, prior = MLP(LATENT_DIM, [200, 200], 64), StandardNormalPrior(LATENT_DIM)
     model = VAE(decoder, Normal(0.2, learn=True), prior)
     guide = AmortizedNormal(MLP(64, [200, 200], 2 * LATENT_DIM))
-    batches = Batches(x, batch_size=100)
-    decay = 0.1 ** (1 / (args.epochs * len(batches)))
-    adam = pyro.optim.ClippedAdam({"lr": 1e-3, "lrd": decay})
-    fit(SVI(model, guide, adam, TraceMeanField_ELBO()), batches, args.epochs)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+    fit(svi, Batches(x, batch_size=100), num_epochs)
     return model, guide
 
 
@@ -60,25 +57,23 @@ def slant(x: torch.Tensor) -> torch.Tensor:
 
 def halfway(pair: Any, judge: Any, x: torch.Tensor, x_train: torch.Tensor) -> pd.DataFrame:
     """What lies halfway between random pairs of digits, beside the digits and the prior."""
-    first, rows = latents.encode(pair[1], x).mean, []
-    last = first[torch.randperm(len(x))]
-    codes = {"digits": first, "draws from the prior": torch.randn_like(first)}
-    codes["halfway, linear"] = (first + last) / 2
-    codes["halfway, spherical"] = great_circle(first, last, torch.tensor([0.5]))[0]
-    for name, code in codes.items():
-        images = latents.decode(pair[0], {"z": code}, x).mean
+    ends, rows = (x, x[torch.randperm(len(x))]), []
+    found = {"digits": latents.reconstruct(*pair, x), "prior": latents.generate(pair[0], x)}
+    for path in PATHS:
+        found[f"halfway, {path}"] = latents.interpolate(*pair, *ends, num_steps=3, path=path)[1]
+    for codes, images in found.items():
         p = judge.predict_proba(images.numpy()).max(-1).mean()
         nearest = torch.cdist(images, x_train).min(-1).values / 8  # The root of 64 pixels.
-        rows.append([name, float(code.norm(dim=-1).mean()), p, float(nearest.mean())])
-    return pd.DataFrame(rows, columns=["codes", "norm", "p of class", "RMS to nearest"])
+        rows.append({"codes": codes, "p of class": p, "RMS to nearest": float(nearest.mean())})
+    return pd.DataFrame(rows)
 
 
-def main(args: Args) -> pd.DataFrame:
+def main(args: argparse.Namespace) -> pd.DataFrame:
     """Trains, measures, prints, draws; returns the table of attribute vectors."""
     pyro.set_rng_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     (x, y), (x_test, y_test) = load_digits(dequantize=False)
-    pair, lean, rows = train(x, args), slant(x), []
+    pair, lean, rows = train(x, args.epochs), slant(x), []
     judge = LogisticRegression(max_iter=2000).fit(x.numpy(), y.numpy())
     vectors: dict[Any, torch.Tensor] = {}
     for a, b in permutations(range(10), 2):
@@ -99,37 +94,29 @@ def main(args: Args) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["vector", "amount", "slant", "own class", "new class"])
     table = table.groupby(["vector", "amount"], as_index=False).mean()
     table.to_csv(args.out / "latent_arithmetic.csv", index=False)
-    look: dict[str, Any] = {"index": False, "float_format": "{:.3f}".format, "na_rep": ""}
-    print(f"\nReal held-out digits classified correctly: {judge.score(x_test, y_test):.1%}")
-    print("\nCodes, and what they are decoded to\n")
-    print(halfway(pair, judge, x_test, x).to_string(**look))
+    print(f"\nReal held-out digits classified correctly: {judge.score(x_test, y_test):.1%}\n")
+    print(halfway(pair, judge, x_test, x).round(3).to_string(index=False))
     print("\nHeld-out digits moved along attribute vectors, and the share in each class\n")
-    print(table[table["amount"] % 1 == 0].to_string(**look))
-    draw(pair, x_test, y_test, vectors, table, args)
+    print(table.round(3).to_string(index=False, na_rep=""))
+    draw(pair, x_test, y_test, vectors, table, args.out)
     print(f"\nThe table, the figure and the film are in {args.out}/")
     return table
 
 
-def draw(pair: Any, x: torch.Tensor, y: torch.Tensor, vectors: Any, table: Any, args: Args) -> None:
-    """Writes the figure and the film, with pixels enlarged smoothly."""
+def draw(pair: Any, x: torch.Tensor, y: torch.Tensor, vectors: Any, table: Any, out: Path) -> None:
+    """Writes the figure and the film."""
     from matplotlib import pyplot as plt
 
     from pyro_vae import plots
 
-    def smooth(images: torch.Tensor) -> torch.Tensor:
-        small = images.reshape(-1, 1, 8, 8)
-        large = torch.nn.functional.interpolate(small, scale_factor=3, mode="bicubic")
-        return large.clamp(0, 1).reshape(*images.shape[:-1], -1)
-
     digits = torch.stack([x[y == label][0] for label in range(10)])
     ends = digits[[0, 3, 8, 2, 5]], digits[[7, 4, 1, 6, 9]]
-    line = latents.interpolate(*pair, *ends, num_steps=10)
-    circle = latents.interpolate(*pair, *ends, num_steps=10, path="spherical")
+    between = [latents.interpolate(*pair, *ends, num_steps=10, path=path) for path in PATHS]
     to, values = torch.linspace(0, 1.5, 10), torch.linspace(-2, 2, 10)
     turning = [latents.move(*pair, digits[[a]], vectors[a, b], to) for a, b in SHOWN]
     leaning = latents.move(*pair, digits, vectors["slant, within"], values)
     strips = {
-        "between digits, linear above spherical": torch.stack([line, circle]).permute(2, 0, 1, 3),
+        "between digits, linear above spherical": torch.stack(between).permute(2, 0, 1, 3),
         "random walks in the prior": latents.walk(pair[0], digits, num_steps=10).transpose(0, 1),
         "one coordinate, -2 to 2": latents.traverse(*pair, digits[[5]], values=values),
         "towards another class, by 0 to 1.5": torch.stack(turning),
@@ -137,22 +124,20 @@ def draw(pair: Any, x: torch.Tensor, y: torch.Tensor, vectors: Any, table: Any, 
     }
     figure, axes = plt.subplots(2, 3, figsize=(15, 10), layout="tight")
     for ax, (title, images) in zip(axes.flat, strips.items(), strict=False):
-        plots.plot_images(smooth(images.reshape(-1, 64)), 10, ax=ax)
-        ax.set_title(title)
+        plots.plot_images(images.reshape(-1, 64), 10, ax=ax).set_title(title)
     for name, part in table[table["new class"].isna()].groupby("vector"):
         axes[1, 2].plot(part["slant"], part["own class"], "o-", label=name)
     axes[1, 2].set(xlabel="mean slant", ylabel="share that keeps its class", ylim=(0, 1))
     axes[1, 2].legend(frameon=False)
-    figure.savefig(args.out / "latent_arithmetic.png", dpi=110)
+    figure.savefig(out / "latent_arithmetic.png", dpi=110)
     plt.close(figure)
-    film = latents.loop(pair[0], x[:18], num_steps=args.frames)
-    plots.save_gif(smooth(film), args.out / "latent_arithmetic.gif", 6, zoom=2)
+    film = latents.loop(pair[0], x[:18], num_steps=100)
+    plots.save_gif(film, out / "latent_arithmetic.gif", 6, zoom=6)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=120)
-    parser.add_argument("--frames", type=int, default=100, help="of the film")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -160,5 +145,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.smoke_test:
-        arguments.epochs, arguments.frames = 2, 5
+        arguments.epochs = 2
     main(arguments)

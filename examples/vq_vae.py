@@ -24,17 +24,15 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_vae import LogLikelihoodEstimate, fit, importance_weighted_log_likelihood, latents
-from pyro_vae.code_priors import AutoregressiveCodePrior, UniformCodePrior
 from pyro_vae.codebook import Codebook
 from pyro_vae.datasets import Batches, load_digits
-from pyro_vae.evaluation.codebook_usage import codebook_usage
-from pyro_vae.guides import AmortizedNormal
-from pyro_vae.guides.codes import NearestCode
+from pyro_vae.evaluation import codebook_usage
+from pyro_vae.guides import AmortizedNormal, NearestCode
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.models import VAE
 from pyro_vae.nets import MLP
-from pyro_vae.objectives.vq import TraceVQ_ELBO
-from pyro_vae.priors import StandardNormalPrior
+from pyro_vae.objectives import TraceVQ_ELBO
+from pyro_vae.priors import AutoregressiveCodePrior, StandardNormalPrior, UniformCodePrior
 
 Args = argparse.Namespace
 NUM_CODES, CODE_DIM, NUM_POSITIONS = 32, 8, 4
@@ -67,13 +65,14 @@ def evaluate(pair: Any, x: torch.Tensor, x_test: torch.Tensor, num: int) -> dict
             pair[1].temperature = temperature
         return importance_weighted_log_likelihood(*pair, data, num_particles=num)
 
-    bound, temperature = float(estimate(x_test, 20, None).elbo.mean()), None
+    temperature = None
     if isinstance(pair[1], NearestCode):  # A spread over the codes that suits training images.
         q: Any = latents.encode(pair[1], x)
         distance = float((q.encoded - q.mean).square().sum(-1).mean())
         tried = {n: estimate(x[:100], num, n * distance).mean() for n in (1, 2, 4, 8)}
         temperature = distance * max(tried, key=tried.__getitem__)
     found = estimate(x_test, num, temperature)
+    bound = float(estimate(x_test, 20, None).elbo.mean())
     return {"bound": bound, "log-lik.": found.mean(), "+- images": found.data_standard_error()}
 
 
@@ -96,8 +95,7 @@ def main(args: Args) -> pd.DataFrame:
         row["perplexity"] = f"{usage.perplexity:.1f}"
         rows.append(row | {"prior": "uniform"} | evaluate(pair, *data))
         drawn["uniform prior"] = latents.generate(model, x[:60])
-        # From here on only a new prior learns, and the codes are those of the nearest vectors.
-        pair[1].temperature = None
+        # From here on only a new prior learns.
         for program in pair:
             program.requires_grad_(False).eval()
         model.prior = AutoregressiveCodePrior(codebook, NUM_POSITIONS, [args.hidden])

@@ -16,6 +16,7 @@ class _Amortized(Program):
     """Abstract: samples one site from what ``encoder`` returns.
 
     A context, such as the class of each row, is handed on: ``guide(x, y)`` calls ``encoder(x, y)``.
+    One may come by a keyword, as the model names it: ``guide(x, y=y)`` is the same.
     """
 
     encoder: nn.Module
@@ -24,17 +25,27 @@ class _Amortized(Program):
         super().__init__(name)
         self.site = site
 
-    def forward(self, x: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, *context: torch.Tensor, **named: torch.Tensor
+    ) -> torch.Tensor:
         """Samples codes for a batch ``(batch, *event)``: ``(*sample, batch, latent_dim)``."""
-        check_batch(type(self).__name__, "x", x)
+        where = type(self).__name__
+        check_batch(where, "x", x)
+        if len(named) > 1:
+            raise TypeError(
+                f"{where}: expected at most one context by keyword, got {list(named)}. The network "
+                "takes them in order: pass all by position."
+            )
+        context += tuple(named.values())
         with pyro.plate("data", len(x)):
             q: TorchDistribution = self.encoder(x, *context)
             if q.batch_shape != (len(x),):
+                given = "".join(f", context of shape {tuple(c.shape)}" for c in context)
                 raise ValueError(
-                    f"{type(self).__name__}: expected the network to encode each of {len(x)} rows "
-                    f"into one code, got codes of batch shape {tuple(q.batch_shape)} from x of "
-                    f"shape {tuple(x.shape)}. Flatten each datum (x.flatten(1)), or use a network "
-                    "for data of that shape."
+                    f"{where}: expected the network to encode each of {len(x)} rows into one code, "
+                    f"got codes of batch shape {tuple(q.batch_shape)} from x of shape "
+                    f"{tuple(x.shape)}{given}. Flatten each datum (x.flatten(1)), or use a network "
+                    "for data of that shape; classes are integers of shape (batch,)."
                 )
             code: torch.Tensor = pyro.sample(self.site, q)
         return code

@@ -7,7 +7,9 @@ import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import is_validation_enabled
-from pyro.poutine.runtime import get_mask
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK, get_mask
 
 from pyro_vae.checks import check_batch, check_data, check_values
 from pyro_vae.program import Program
@@ -75,13 +77,14 @@ class ConditionalVAE(Program):
         Raises:
             TypeError: If ``y`` is no tensor, or prior or decoder does not take a context.
             ValueError: If ``x`` is not a batch of what the decoder makes, or ``y`` has another
-                number of rows.
+                number of rows, or dimensions that the decoder takes for more rows.
         """
         check_batch("ConditionalVAE", "x", x)
         _check_context(y, len(x))
         with pyro.plate("data", len(x)):
             fn = self.likelihood(self._decode(self._sample_code(y), y))
             check_data("ConditionalVAE", "x", x, tuple(fn.event_shape))
+            _check_output(fn, y)
             if is_validation_enabled():
                 check_values("ConditionalVAE", "x", fn, x, get_mask())
             result: torch.Tensor = pyro.sample("x", fn, obs=x)
@@ -120,4 +123,18 @@ def _check_context(y: Any, num_rows: int) -> None:
             f"ConditionalVAE: expected a context y of {num_rows} rows, as x has, got shape "
             f"{tuple(y.shape)}. Give each row its context; one for all rows is y.expand("
             f"{num_rows}, ...)."
+        )
+
+
+def _check_output(fn: TorchDistribution, y: torch.Tensor) -> None:
+    """A column of classes would make networks broadcast to all pairs of rows."""
+    if any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK):
+        return  # Enumerated latents have dimensions of their own; the objective checks the rest.
+    shape = fn.batch_shape
+    plates = {handler.dim for handler in _PYRO_STACK if isinstance(handler, IndepMessenger)}
+    if any(shape[dim] != 1 and dim not in plates for dim in range(-len(shape), 0)):
+        raise ValueError(
+            f"ConditionalVAE: expected one output of the decoder for each of {len(y)} rows, got "
+            f"batch shape {tuple(shape)} with a context of shape {tuple(y.shape)}. Classes are "
+            f"integers of shape ({len(y)},): y.squeeze(-1), or y.argmax(-1) of one-hot rows."
         )

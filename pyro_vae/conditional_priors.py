@@ -90,7 +90,8 @@ def _check_rows(fn: Any, context: torch.Tensor) -> None:
     check_distribution("ConditionalPrior", "the encoder", fn)
     # A single categorical code has no event dimension; a real one without is a forgotten one.
     has_code = fn.event_shape or getattr(support_of(fn), "is_discrete", False)
-    if not has_code or fn.batch_shape != context.shape[: len(fn.batch_shape)]:
+    has_rows = fn.batch_shape or not context.dim()
+    if not has_code or not has_rows or fn.batch_shape != context.shape[: len(fn.batch_shape)]:
         raise ValueError(
             "ConditionalPrior: expected one code for each row of the context, got batch shape "
             f"{tuple(fn.batch_shape)} and event shape {tuple(fn.event_shape)} from a context of "

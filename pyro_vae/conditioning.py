@@ -23,7 +23,8 @@ class OneHot(nn.Module):
         num_classes: C.
 
     Shapes: integers ``(*sample, batch)``, or one-hot rows ``(*sample, batch, C)`` of floats, to
-    ``(*sample, batch, C)`` of the default dtype, or that of the rows.
+    ``(*sample, batch, C)`` of the default dtype, or that of the rows. Floats in one dimension are
+    refused: whether they are one row or a class for each row cannot be seen.
 
     Raises:
         TypeError: If the classes are neither integers nor rows of floats.
@@ -49,16 +50,16 @@ class OneHot(nn.Module):
         if isinstance(y, torch.Tensor) and y.is_floating_point():
             self._check_one_hot(y)
             return y
-        check_labels("OneHot", "the classes", y, self.num_classes)
+        check_labels("OneHot", "y", y, self.num_classes)
         return self._eye[y.long()]
 
     def _check_one_hot(self, y: torch.Tensor) -> None:
-        right = y.dim() > 0 and y.shape[-1] == self.num_classes
+        right = y.dim() > 1 and y.shape[-1] == self.num_classes
         if not right or not bool((((y == 0) | (y == 1)).all(-1) & (y.sum(-1) == 1)).all()):
             raise ValueError(
                 f"OneHot: expected classes as integers, or one-hot rows of {self.num_classes} "
-                f"numbers with a single 1, got floats of shape {tuple(y.shape)} that are not "
-                "one-hot. Pass integer classes, y.long() or y.argmax(-1)."
+                f"floats with a single 1, shape (batch, {self.num_classes}), got other floats, of "
+                f"shape {tuple(y.shape)}. Pass integer classes, y.long() or y.argmax(-1)."
             )
 
     def extra_repr(self) -> str:
@@ -92,7 +93,7 @@ class Embed(nn.Module):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """Looks the vectors up."""
-        check_labels("Embed", "the classes", y, self.vectors.num_embeddings)
+        check_labels("Embed", "y", y, self.vectors.num_embeddings)
         result: torch.Tensor = self.vectors(y.long())
         return result
 
@@ -110,7 +111,8 @@ class Concatenate(nn.Module):
 
     Raises:
         TypeError: If the context without ``embed`` holds integers.
-        ValueError: If leading dimensions do not broadcast.
+        ValueError: If leading dimensions do not broadcast, or a context of floats has one
+            dimension beside an input with rows.
 
     Example:
         >>> from pyro_vae.nets import MLP
@@ -153,7 +155,9 @@ class FiLM(nn.Module):
     context_features)``, whose leading dimensions broadcast, to ``(*sample, batch, out_features)``.
 
     Raises:
-        ValueError: If there is no hidden layer, or a width is another one.
+        TypeError: If the context without ``embed`` holds integers.
+        ValueError: If there is no hidden layer, or a width is another one; as in
+            :class:`Concatenate`.
 
     Example:
         >>> film = FiLM(2, [16, 16], 64, context_features=10, embed=OneHot(10))
@@ -219,7 +223,8 @@ def _features(
         got = getattr(context, "dtype", type(context).__name__)
         raise TypeError(
             f"{where}: expected a context of floats, got {got}. For classes give "
-            "embed=OneHot(num_classes) or embed=Embed(num_classes, dim)."
+            "embed=OneHot(num_classes) or embed=Embed(num_classes, dim); pass numbers, also rows "
+            "that are one-hot, as context.float()."
         )
     features: torch.Tensor = context if embed is None else embed(context)
     if not features.dim():
@@ -227,12 +232,20 @@ def _features(
             f"{where}: expected a context with features in its last dimension, got a single "
             "number. Give each row a vector; context.reshape(-1, 1) makes one of a number a row."
         )
+    numbers = isinstance(context, torch.Tensor) and context.is_floating_point()
+    if numbers and features.dim() < 2 <= h.dim():  # A class without rows means all of them.
+        raise ValueError(
+            f"{where}: expected a context with a row of features for each row, got floats of shape "
+            f"{tuple(context.shape)} beside an input of shape {tuple(h.shape)}. Of one number for "
+            "each row context.unsqueeze(-1) makes rows; one row for all is context.unsqueeze(0)."
+        )
     try:
         torch.broadcast_shapes(h.shape[:-1], features.shape[:-1])
     except RuntimeError as err:
         raise ValueError(
             f"{where}: expected context and input with the same rows, got features of shape "
             f"{tuple(features.shape)} beside an input of shape {tuple(h.shape)}. Give each row its "
-            "context; both have one dimension of features, so flatten images with x.flatten(1)."
+            "context: classes are integers of shape (batch,). Both have one dimension of features, "
+            "so flatten images with x.flatten(1)."
         ) from err
     return features

@@ -50,7 +50,7 @@ def check_labels(
         )
     if labelled is not None:
         _check_labelled(where, labelled, y)
-    seen = y if labelled is None else y[labelled]
+    seen = y.long() if labelled is None else y.long()[labelled]  # Not all types can be compared.
     if seen.numel() and (int(seen.min()) < 0 or int(seen.max()) >= num_classes):
         bad = seen[(seen < 0) | (seen >= num_classes)]
         raise ValueError(

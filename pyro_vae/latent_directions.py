@@ -7,7 +7,7 @@ import torch
 
 from pyro_vae.label_checks import is_integer
 from pyro_vae.latent_sites import Program
-from pyro_vae.latent_walks import codes_at, mean_at
+from pyro_vae.latent_walks import codes_at, mean_at, numbers
 
 __all__ = ["attribute_vector", "move"]
 
@@ -38,8 +38,8 @@ def attribute_vector(
         **kwargs: Keyword arguments of the guide.
 
     Returns:
-        A direction, in the shape of one code. Codes are means of the guide's distributions, or
-        draws where these do not know their mean.
+        A direction, in the shape of one code. Codes are means of the guide's distributions, in a
+        hierarchy given those of the latents before, or draws where a mean is not known.
 
     Raises:
         TypeError: If ``attribute`` does not hold bools, or ``within`` integers.
@@ -122,9 +122,11 @@ def move(
         Means of the data, ``(len(amounts), batch, *event)``.
 
     Raises:
+        TypeError: If the direction is no tensor.
         ValueError: If there is no amount, or the direction has not the shape of one code; if the
-            guide has no such latent, or several and no ``site``, or if it is discrete; if not
-            exactly one site is observed, or a plate draws its rows at random.
+            guide has no such latent, or several and no ``site``, or if it is discrete; if a code
+            leaves the support; if not exactly one site is observed, or a plate draws its rows at
+            random.
 
     Example:
         >>> from pyro_vae.guides import ExactLinearGaussian
@@ -134,8 +136,12 @@ def move(
         >>> move(*pair, x, torch.tensor([1.0, 0.0]), [-1, 0, 1]).shape
         torch.Size([3, 5, 64])
     """
-    if not len(amounts):
-        raise ValueError("move: expected at least one amount, got none. Pass [0, 1], for instance.")
+    steps = numbers("move", "amounts", amounts)
+    if not isinstance(direction, torch.Tensor):
+        raise TypeError(
+            f"move: expected direction to be a tensor, got {type(direction).__name__}. Take one of "
+            "attribute_vector, or convert it with torch.as_tensor(direction)."
+        )
     codes, name, fn = codes_at(guide, (x, *args), kwargs, site, "move")
     if direction.shape != fn.event_shape:
         raise ValueError(
@@ -144,8 +150,8 @@ def move(
             "instance."
         )
     direction = direction.to(codes[name])
-    moved = [{**codes, name: codes[name] + float(amount) * direction} for amount in amounts]
-    return mean_at(model, moved, (x, *args), kwargs, "move")
+    moved = [{**codes, name: codes[name] + amount * direction} for amount in steps]
+    return mean_at(model, moved, (x, *args), kwargs, "move", name)
 
 
 def _kind(value: Any) -> str:

@@ -58,7 +58,9 @@ def _share(w: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    """Norms whose squares neither overflow nor underflow."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return largest * torch.linalg.vector_norm(x / largest, dim=-1, keepdim=True)
 
 
 def _direction(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

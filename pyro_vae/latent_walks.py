@@ -1,6 +1,7 @@
 """Walks through the latent space that start from data: between codes, and along coordinates."""
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,10 @@ from pyro.distributions import TorchDistribution
 from pyro_vae.checks import refuse_subsampling, support_of
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.latent_paths import great_circle
-from pyro_vae.latent_sites import Program, choose, codes_of, decoded, expected
+from pyro_vae.latent_sites import Program, choose, code_sites, decoded, expected
 from pyro_vae.traces import is_observed, sites_of
 
-__all__ = ["codes_at", "interpolate", "mean_at", "mean_of", "traverse"]
+__all__ = ["codes_at", "interpolate", "mean_at", "mean_of", "numbers", "traverse"]
 
 
 def interpolate(
@@ -50,8 +51,9 @@ def interpolate(
     Raises:
         ValueError: If the shapes differ or ``num_steps`` is below 2; if there is no such path, or
             it is spherical between opposite codes; if the guide has no such latent, or several and
-            no ``site``, or if it is discrete; if not exactly one site is observed, or a plate
-            draws its rows at random.
+            no ``site``, or if it is discrete; if the path leaves its support, as a spherical one
+            does on a simplex; if not exactly one site is observed, or a plate draws its rows at
+            random.
 
     References:
         Shoemake (1985), Animating rotation with quaternion curves.
@@ -76,7 +78,7 @@ def interpolate(
         a, b = (z.reshape(*z.shape[: z.dim() - fn.event_dim], -1) for z in (first, last))
         points = great_circle(a, b, weights).reshape(num_steps, *first.shape)
     moved = [{**codes, name: z} for z in points]
-    return mean_at(model, moved, (start, *args), kwargs, "interpolate")
+    return mean_at(model, moved, (start, *args), kwargs, "interpolate", name)
 
 
 def traverse(
@@ -84,7 +86,7 @@ def traverse(
     guide: Program,
     x: Any,
     *args: Any,
-    dims: Sequence[int] | None = None,
+    dims: Sequence[int] | torch.Tensor | None = None,
     values: Sequence[float] | torch.Tensor = (-3, -2, -1, 0, 1, 2, 3),
     site: str | None = None,
     **kwargs: Any,
@@ -105,15 +107,14 @@ def traverse(
         Means of the data, ``(len(dims), len(values), batch, *event)``.
 
     Raises:
-        ValueError: If a coordinate is not there, or there is no value; if the guide has no such
+        TypeError: If a coordinate is no integer.
+        ValueError: If there is no value or coordinate, or no such one; if the guide has no such
             latent, or several and no ``site``; if it is discrete, or has not one event dimension;
-            if not exactly one site is observed, or a plate draws its rows at random.
+            if a code leaves the support; if not exactly one site is observed, or a plate draws
+            its rows at random.
     """
+    steps = numbers("traverse", "values", values)
     codes, name, fn = codes_at(guide, (x, *args), kwargs, site, "traverse")
-    if not len(values):
-        raise ValueError(
-            "traverse: expected at least one value, got none. Leave values out for -3 ... 3."
-        )
     event_shape = tuple(fn.event_shape)
     if len(event_shape) != 1:
         raise ValueError(
@@ -122,15 +123,16 @@ def traverse(
         )
     code = codes[name]
     width, rows = code.shape[-1], []
-    if not all(-width <= dim < width for dim in dims or ()):
+    chosen = list(range(width)) if dims is None else [index(dim) for dim in dims]
+    if not chosen or not all(-width <= dim < width for dim in chosen):
         raise ValueError(
-            f"traverse: expected dims in 0 ... {width - 1}, got {list(dims or ())}. "
-            f"Site '{name}' has {width} coordinates."
+            f"traverse: expected one or more dims in 0 ... {width - 1}, got {chosen}. "
+            f"Site '{name}' has {width} coordinates; leave dims out for all."
         )
-    for dim in range(width) if dims is None else dims:
+    for dim in chosen:
         at = torch.tensor([dim], device=code.device)
-        moved = [{**codes, name: code.index_fill(-1, at, float(v))} for v in values]
-        rows.append(mean_at(model, moved, (x, *args), kwargs, "traverse"))
+        moved = [{**codes, name: code.index_fill(-1, at, value)} for value in steps]
+        rows.append(mean_at(model, moved, (x, *args), kwargs, "traverse", name))
     return torch.stack(rows)
 
 
@@ -151,17 +153,15 @@ def codes_at(
             a plate draws its rows at random.
     """
     with refuse_subsampling(where):
-        codes = codes_of(guide, args, kwargs)
-    name = choose(codes, site, where)
-    with without_side_effects(guide):
-        found: Any = poutine.trace(guide).get_trace(*args, **kwargs).nodes[name]
-    fn: TorchDistribution = found["fn"]
+        sites = code_sites(guide, args, kwargs)
+    name = choose(sites, site, where)
+    fn: TorchDistribution = sites[name]["fn"]
     if getattr(support_of(fn), "is_discrete", False):
         raise ValueError(
             f"{where}: expected a continuous latent at site '{name}', got {type(fn).__name__}, "
             "between whose values there is nothing. Decode each value with pyro_vae.latents.decode."
         )
-    return codes, name, fn
+    return {other: found["value"] for other, found in sites.items()}, name, fn
 
 
 def mean_at(
@@ -170,13 +170,35 @@ def mean_at(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     where: str,
+    site: str,
 ) -> torch.Tensor:
-    """Means of the only observed site at these codes, ``(len(points), batch, *event)``."""
+    """Means of the only observed site at these codes, ``(len(points), batch, *event)``.
+
+    Args:
+        model: Any model.
+        points: Codes of all latents, at each point.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        where: The function that asks, for the messages.
+        site: The latent that moved, whose codes must be in its support.
+    """
     means = []
     for codes in points:
         with without_side_effects(model), refuse_subsampling(where):
-            means.append(mean_of(decoded(model, codes, args, kwargs, where)[1], where))
+            means.append(mean_of(decoded(model, codes, args, kwargs, where, [site])[1], where))
     return torch.stack(means)
+
+
+def numbers(where: str, name: str, values: Sequence[float] | torch.Tensor) -> list[float]:
+    """The values of an argument, which has to be a list of one or more."""
+    found = torch.as_tensor(values, dtype=torch.float64)
+    if found.dim() != 1 or not len(found):
+        raise ValueError(
+            f"{where}: expected one or more {name}, a list or tensor in one dimension, got shape "
+            f"{tuple(found.shape)}. Pass {name}=[-1, 0, 1], for instance."
+        )
+    result: list[float] = found.tolist()
+    return result
 
 
 def mean_of(trace: poutine.Trace, where: str) -> torch.Tensor:

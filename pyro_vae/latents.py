@@ -1,7 +1,7 @@
 """Into the latent space and back: encode, reconstruct, generate, and walks of several kinds.
 
 All work on any Pyro program: codes go in by replaying them at the program's own latent site, so
-the batch passed along only says how many rows there are.
+the batch passed along, one that the program takes, only says how many rows there are.
 """
 
 from collections.abc import Callable, Collection, Mapping, Set
@@ -15,7 +15,7 @@ from pyro.distributions import TorchDistribution
 from pyro_vae.drawn_sites import DrawMessenger, moved_by
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.latent_directions import attribute_vector, move
-from pyro_vae.latent_sites import Program, choose, codes_of, decoded, expected, is_code
+from pyro_vae.latent_sites import Program, choose, code_sites, decoded, expected, is_code
 from pyro_vae.latent_walks import interpolate, traverse
 from pyro_vae.random_walks import loop, walk
 from pyro_vae.traces import Site, is_latent, is_observed, is_random, sites_of
@@ -41,7 +41,8 @@ T = TypeVar("T")
 def encode(guide: Program, *args: Any, site: str | None = None, **kwargs: Any) -> TorchDistribution:
     """The guide's distribution at a latent site, for every row of a batch.
 
-    In a hierarchy a distribution may depend on the sample drawn at an earlier site.
+    In a hierarchy a distribution may depend on the sample drawn at an earlier site; the codes of
+    all other functions here are means given means.
 
     Args:
         guide: Any guide.
@@ -97,7 +98,8 @@ def decode(
     Args:
         model: Any model.
         codes: Latent values by site; latents left out are drawn from the model.
-        *args: A batch with as many rows as the codes; its values play no role.
+        *args: A batch that the model takes, with as many rows as the codes; which values it has
+            plays no role.
         site: Which site: observed, or drawn because the batch has no value for it. Needed unless
             exactly one is observed. Several names ask for a dict by site, from one run.
         **kwargs: Keyword arguments of the model.
@@ -108,10 +110,11 @@ def decode(
 
     Raises:
         ValueError: If the model has no latent or no site of that name, a site asked for is among
-            the codes, or there is no ``site`` and not exactly one is observed.
+            the codes, or there is no ``site`` and not exactly one is observed; if a code lies
+            outside the support of its latent.
     """
     with without_side_effects(model):
-        _, trace = decoded(model, codes, args, kwargs, "decode")
+        _, trace = decoded(model, codes, args, kwargs, "decode", codes)
     sites = _data_sites(trace, site, "decode", codes)
     return _one_or_all({name: found["fn"] for name, found in sites.items()}, site)
 
@@ -154,14 +157,17 @@ def reconstruct(
         *args: One batch.
         site: Which site: observed, or drawn because the batch has no value for it. Needed unless
             exactly one is observed. Several names ask for a dict by site, from one run.
-        sample: Whether the code of each latent is a sample, or the mean of its distribution where
-            that exists. The mean of a mixture may lie between its components.
+        sample: Whether the code of each latent is a sample, or the mean of its distribution (of
+            classes the mode) where that exists, given those of the latents before it. The mean of
+            a mixture may lie between its components.
         **kwargs: Keyword arguments of model and guide.
 
     Raises:
-        ValueError: As for ``decode``.
+        ValueError: If a site asked for is not there, or there is no ``site`` and not exactly one
+            is observed; if the model has not the latents of the guide.
     """
-    codes = codes_of(guide, args, kwargs, sample=sample)
+    found = code_sites(guide, args, kwargs, sample=sample)
+    codes = {name: code["value"] for name, code in found.items()}
     with without_side_effects(model):
         program, trace = decoded(model, codes, args, kwargs, "reconstruct")
         sites = _data_sites(trace, site, "reconstruct", codes)
@@ -191,7 +197,8 @@ def generate(
 
     Args:
         model: Any model.
-        *args: A batch; its number of rows counts, the values of what is generated play no role.
+        *args: A batch that the model takes, such as zeros; its number of rows counts, which
+            values it has for what is generated plays no role.
         mean: Whether to return the mean of each datum given its code (of classes the mode), as is
             usual for pictures, or a sample with the likelihood's noise.
         site: Which site: observed, or drawn because the batch has no value for it. Needed unless

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+
+from pyro_vae.checks import check_at_least
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +20,10 @@ __all__ = [
     "plot_bounds",
     "plot_codes",
     "plot_em",
+    "plot_gap",
     "plot_history",
     "plot_images",
+    "plot_jensen",
     "plot_loadings",
     "plot_rate_distortion",
     "plot_reconstructions",
@@ -126,6 +131,84 @@ def plot_bounds(
     return ax
 
 
+def plot_gap(
+    x: torch.Tensor, log_likelihood: torch.Tensor, elbo: torch.Tensor, ax: "Axes | None" = None
+) -> "Axes":
+    """An ELBO below the log-likelihood, over steps or a parameter; their gap, the KL, is shaded.
+
+    Args:
+        x: Positions in ascending order, ``(num,)``.
+        log_likelihood: Exact values there, ``(num,)``.
+        elbo: Likewise the bound.
+        ax: Where to draw; a new figure by default.
+    """
+    ax = _axes(ax)
+    x, log_likelihood, elbo = (f.detach().cpu() for f in (x, log_likelihood, elbo))
+    ax.fill_between(x, elbo, log_likelihood, color="C0", alpha=0.25, linewidth=0)
+    ax.plot(x, log_likelihood, color="black", linewidth=2.5)
+    ax.plot(x, elbo, color="C0", linewidth=2.5)
+    # The names stand where there is most room between the curves, away from the ends.
+    edge = len(x) // 4
+    at = edge + int((log_likelihood - elbo)[edge : len(x) - edge].argmax())
+    where: dict[str, Any] = {"xytext": (-8, 4), "textcoords": "offset points", "ha": "right"}
+    ax.annotate("log p(x)", (float(x[at]), float(log_likelihood[at])), **where)
+    where = {"xytext": (8, -4), "textcoords": "offset points", "va": "top", "color": "C0"}
+    ax.annotate("ELBO", (float(x[at]), float(elbo[at])), **where)
+    return ax
+
+
+def plot_jensen(
+    log_weights: torch.Tensor,
+    probabilities: torch.Tensor | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    r"""Why the ELBO of a datum lies below log p(x): the mean of a logarithm, and that of a mean.
+
+    Bars show how often q draws which weight :math:`w = p(x, z) / q(z \mid x)`, in units of its
+    mean.
+
+    Args:
+        log_weights: log w, nats, ``(num,)``. From draws, log E[w] is an estimate of log p(x).
+        probabilities: Of the weights under q, ``(num,)``; equal by default.
+        ax: Where to draw; a new figure by default.
+
+    Raises:
+        ValueError: If the shapes are not those, or a weight is zero or not finite.
+    """
+    log_w = log_weights.detach().cpu().double()
+    p = torch.ones_like(log_w) if probabilities is None else probabilities.detach().cpu().double()
+    if log_w.dim() != 1 or p.shape != log_w.shape or not log_w.isfinite().all():
+        raise ValueError(
+            "plot_jensen: expected finite log-weights and probabilities of one shape (num,), got "
+            f"{tuple(log_w.shape)} and {tuple(p.shape)}. Pass those of one datum."
+        )
+    p = p / p.sum()
+    log_mean = (log_w + p.log()).logsumexp(0)
+    w, gap = (log_w - log_mean).exp(), float(log_mean - p @ log_w)
+    end, low = 1.1 * float(w[p > 1e-6 * p.max()].max()), -max(3.0, 1.5 * gap)
+    ax = _axes(ax, (8, 5))
+    curve = torch.linspace(math.exp(low), end, 300)
+    ax.plot(curve, curve.log(), color="0.5")
+    beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}
+    ax.annotate("log w", (0.85 * end, math.log(0.85 * end)), (0, 8), color="0.5", **beside)
+    heights, edges = np.histogram(w.numpy(), 50, range=(0, end), weights=p.numpy())
+    tops = low * (1 - 0.18 * heights / heights.max())
+    ax.stairs(tops, edges, baseline=low, fill=True, color="0.85")
+    ax.text(0.5 * end, 0.92 * low, "how often q draws w", color="0.5")
+    levels = (0.0, "black", "log E[w] = log p(x)"), (-gap, "C0", "E[log w] = ELBO")
+    for level, color, text in levels:
+        ax.axhline(level, color=color, linestyle="--")
+        ax.annotate(text, (end, level), (0, -4), color=color, va="top", **beside)
+    ax.plot([1, 1], [low, 0], color="black", linestyle=":")
+    ax.text(1 + 0.01 * end, low / 2, "E[w]")
+    arrow = {"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0}
+    ax.annotate("", (0.06 * end, 0.0), (0.06 * end, -gap), arrowprops=arrow)
+    ax.text(0.075 * end, -gap / 2, f"KL = {gap:.2f}", va="center")
+    ax.set(xlabel="w = p(x, z) / q(z | x), divided by its mean", ylabel="nats above log p(x)")
+    ax.set(xlim=(0, end), ylim=(low, math.log(end) + 0.2))
+    return ax
+
+
 def plot_rate_distortion(
     points: "Sequence[RateDistortionPoint]",
     *,
@@ -222,9 +305,10 @@ def _canvas(
     images: torch.Tensor, num_columns: int, image_shape: tuple[int, int] | None
 ) -> torch.Tensor:
     """Lays images out in rows on one tensor, with a gap of NaN between them."""
+    check_at_least("plots", "num_columns", num_columns, 1)
     images = images.cpu().double()
     side = round(images[0].numel() ** 0.5)
-    height, width = image_shape or (side, side)
+    height, width = image_shape or (images.shape[-2:] if images.dim() > 2 else (side, side))
     if images[0].numel() != height * width:
         raise ValueError(
             f"plots: expected images of {height} x {width} = {height * width} pixels, got "
@@ -257,13 +341,14 @@ def plot_images(
     Args:
         images: ``(N, pixels)`` or ``(N, height, width)``, on the CPU or not.
         num_columns: Images in a row.
-        image_shape: Height and width; a square by default.
+        image_shape: Height and width; by default those of the tensor, or a square.
         cmap: Matplotlib's colour map.
         limits: Values of the two ends of the colour map; the extremes if ``None``.
         ax: Where to draw; a new figure by default.
 
     Raises:
-        ValueError: If the images do not have that shape.
+        TypeError: If ``num_columns`` is no integer.
+        ValueError: If it is below 1, or the images do not have that shape.
     """
     images = images.detach()
     canvas = _canvas(images, num_columns, image_shape)
@@ -385,17 +470,21 @@ def save_gif(
         images: ``(num_frames, N, pixels)`` or ``(num_frames, N, height, width)``.
         path: Name of the file, with the suffix ``.gif``.
         num_columns: Images in a row.
-        image_shape: Height and width; a square by default.
+        image_shape: Height and width; by default those of the tensor, or a square.
         zoom: Width of a pixel of the images on the screen.
         frames_per_second: A GIF counts hundredths of a second: 10, 20, 25 and 50 are exact.
         limits: Values of the two ends of the colour map; the extremes if ``None``.
 
     Raises:
-        ValueError: If there is not one row of images for each frame, or not of that shape.
+        TypeError: If one of the numbers is no integer.
+        ValueError: If one of them is below 1; if there is not one row of images for each frame, or
+            not of that shape.
     """
     from matplotlib import pyplot as plt
     from matplotlib.animation import PillowWriter
 
+    check_at_least("save_gif", "zoom", zoom, 1)
+    check_at_least("save_gif", "frames_per_second", frames_per_second, 1)
     if images.dim() < 3 or not images.numel():
         raise ValueError(
             f"save_gif: expected images (num_frames, N, pixels), got shape {tuple(images.shape)}. "
@@ -407,16 +496,18 @@ def save_gif(
     height, width = canvases[0].shape
     dpi = 100
     figure = plt.figure(figsize=(zoom * width / dpi, zoom * height / dpi), dpi=dpi)
-    ax = plot_images(
-        images[0],
-        num_columns,
-        image_shape=image_shape,
-        limits=limits,
-        ax=figure.add_axes((0, 0, 1, 1)),
-    )
-    writer = PillowWriter(frames_per_second)
-    with writer.saving(figure, str(path), dpi):
-        for canvas in canvases:
-            ax.images[0].set_data(canvas.numpy())
-            writer.grab_frame()
-    plt.close(figure)
+    try:
+        ax = plot_images(
+            images[0],
+            num_columns,
+            image_shape=image_shape,
+            limits=limits,
+            ax=figure.add_axes((0, 0, 1, 1)),
+        )
+        writer = PillowWriter(frames_per_second)
+        with writer.saving(figure, str(path), dpi):
+            for canvas in canvases:
+                ax.images[0].set_data(canvas.numpy())
+                writer.grab_frame()
+    finally:  # A path that cannot be written to leaves no figure open.
+        plt.close(figure)

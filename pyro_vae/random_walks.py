@@ -39,12 +39,14 @@ def walk(
 
     Args:
         model: A model whose latents are normal, or transformed normals such as flows.
-        *args: A batch with as many rows as there are to be walks; its values play no role.
+        *args: A batch that the model takes, with as many rows as there are to be walks; which
+            values it has plays no role.
         num_steps: Points on each walk.
         step_size: s in (0, 1]. The correlation of the noise after k steps is (1 - s^2)^(k / 2).
         site: Which latent walks, by default all. Of the others the normal ones keep their noise,
             and those of another kind, such as classes, the value drawn first; that walk stays in
-            the prior if these do not depend on the latent that walks.
+            the prior if these do not depend on the latent that walks. One whose value is given
+            inside the model, by ``pyro.poutine.replay`` for instance, keeps it.
         **kwargs: Keyword arguments of the model.
 
     Returns:
@@ -97,7 +99,8 @@ def loop(
 
     Args:
         model: A model whose latents are normal, or transformed normals such as flows.
-        *args: A batch with as many rows as there are to be loops; its values play no role.
+        *args: A batch that the model takes, with as many rows as there are to be loops; which
+            values it has plays no role.
         num_steps: T, points on each loop.
         num_waves: K; the more, the more winding.
         site: Which latent moves, by default all, as in :func:`walk`.
@@ -150,10 +153,14 @@ class _NoiseMessenger(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
+        if msg["value"] is not None:
+            return
         if name in self._kept:
             msg["value"], msg["done"] = self._kept[name], True
         if not is_latent(msg) or is_point_mass(fn):  # A point mass follows what it is made of.
             return
+        if not self.step:
+            self.latents.append(name)
         value = _made_of_noise(fn, lambda like: self._noise(name, like))
         if value is not None:
             msg["value"], msg["done"] = value, True
@@ -164,12 +171,9 @@ class _NoiseMessenger(Messenger):
             )
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        name, latent = msg["name"], is_latent(msg)
-        if latent and not self.step:
-            self.latents.append(name)
-        if (latent and not is_point_mass(msg["fn"])) or site_is_subsample(msg):
-            if name not in self._paths:
-                self._kept[name] = msg["value"]
+        drawn = is_latent(msg) and not is_point_mass(msg["fn"])
+        if (drawn or site_is_subsample(msg)) and msg["name"] not in self._paths:
+            self._kept[msg["name"]] = msg["value"]
 
     def _noise(self, name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in self._paths:
@@ -186,12 +190,12 @@ def _made_of_noise(fn: Any, draw: Path) -> torch.Tensor | None:
         draw: The noise, called with a tensor of its shape.
     """
     base: Any = fn
-    shape, transforms = fn.shape(), list[Any]()
+    shape, transforms = _shape(fn), list[Any]()
     while True:
         if isinstance(base, torch.distributions.TransformedDistribution):
             transforms = [*base.transforms, *transforms]
             base = base.base_dist
-            shape = base.shape()
+            shape = _shape(base)
         elif isinstance(base, _WRAPPERS):
             base = base.base_dist
         else:
@@ -205,7 +209,12 @@ def _made_of_noise(fn: Any, draw: Path) -> torch.Tensor | None:
         return None
     for transform in transforms:
         value = transform(value)
-    return value if value.shape == fn.shape() else None
+    return value if value.shape == _shape(fn) else None
+
+
+def _shape(fn: Any) -> torch.Size:
+    """Of one draw; within Pyro's distributions are some of torch, which have no ``shape``."""
+    return torch.Size(fn.batch_shape + fn.event_shape)
 
 
 _WRAPPERS = torch.distributions.Independent, dist.ExpandedDistribution, dist.MaskedDistribution

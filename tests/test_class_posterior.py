@@ -297,6 +297,50 @@ def test_a_model_that_scores_the_class(score: Callable[[torch.Tensor], None]) ->
     close(posterior.log_prob, joint.log_softmax(1))
 
 
+def test_data_that_are_moved_by_the_class() -> None:
+    """What is left of x is no class, and may be observed."""
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 0.6))
+            pyro.sample("x", dist.Normal(z, 0.8), obs=x - y)
+
+    def guide(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.36 * (x - y), 0.48))
+
+    x = torch.tensor([-1.0, 0.0, 2.0])
+    joint = dist.Normal(torch.arange(3.0), 1.0).log_prob(x.unsqueeze(1))
+    for rows in (slice(3), slice(1, 2)):
+        posterior = class_posterior(model, guide, x[rows], num_classes=3, num_particles=3)
+        close(posterior.log_likelihood, joint[rows])
+
+
+@pytest.mark.parametrize("how", ["mask", "NaN is missing"])
+def test_data_that_are_not_observed_are_no_classes(how: str) -> None:
+    x = torch.tensor([-1.0, math.nan, 2.0])
+    seen = ~x.isnan()
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(y.double(), 0.6))
+            fn = dist.NanMaskedNormal(z, torch.full((), 0.8))
+            if how == "mask":
+                fn = dist.Normal(z, 0.8).mask(seen)
+            pyro.sample("x", fn, obs=x)
+
+    def guide(x: torch.Tensor, y: torch.Tensor) -> None:
+        exact = y + 0.36 * (x - y)
+        with pyro.plate("data", len(x)):
+            loc, scale = torch.where(seen, exact, y.double()), torch.where(seen, 0.48, 0.6)
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    posterior = class_posterior(model, guide, x, num_classes=3, num_particles=3)
+    expected = dist.Normal(torch.arange(3.0), 1.0).log_prob(x.nan_to_num().unsqueeze(1))
+    expected[1] = 0
+    close(posterior.log_likelihood, expected)
+
+
 # Errors.
 
 
@@ -319,7 +363,10 @@ def test_data_that_are_no_batch(exact: LinearGivenClass) -> None:
 
 @pytest.mark.parametrize("log_prior", [[0.5, 0.2, 0.3], torch.tensor([1, 1, 1])])
 def test_a_log_prior_of_another_type(exact: LinearGivenClass, log_prior: Any) -> None:
-    match = "class_posterior: expected log_prior to be a tensor of floats, got (list|torch.int64)"
+    match = (
+        "class_posterior: expected log_prior to be a tensor of floats, got (list|torch.int64)"
+        r".*\(labels.bincount\(\) / len\(labels\)\).log\(\)"
+    )
     with pytest.raises(TypeError, match=match):
         class_posterior(exact.model, exact.guide, normal_x(2), num_classes=3, log_prior=log_prior)
 
@@ -346,3 +393,18 @@ def test_a_datum_without_density() -> None:
     match = "expected every datum to have a density under some class, got none for 1 of 3 .* 1. Lo"
     with pytest.raises(ValueError, match=match):
         class_posterior(joint_model(score), one_dimensional, x, num_classes=2, num_particles=3)
+
+
+def test_data_outside_the_support_of_a_class() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(y + 0.0 * z, y + 1.5), obs=x)
+
+    def guide(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    match = "class_posterior: expected values at site 'x' in the support .* of Uniform"
+    with pytest.raises(ValueError, match=match):
+        class_posterior(model, guide, torch.tensor([0.5, 1.2, 2.2]), num_classes=3)

@@ -197,6 +197,8 @@ def test_a_network_that_returns_no_distribution() -> None:
         dist.Normal(torch.zeros(2, 2), 1.0).to_event(1),  # another number of rows
         dist.Normal(torch.zeros(3), 1.0),
         dist.Categorical(torch.ones(2, 4)),
+        dist.Normal(torch.zeros(2), 1.0).to_event(1),  # the batch averaged away
+        dist.Categorical(torch.ones(4)),
     ],
 )
 def test_codes_of_other_rows(fn: Any) -> None:
@@ -206,5 +208,5 @@ def test_codes_of_other_rows(fn: Any) -> None:
 
 
 def test_classes_that_are_none() -> None:
-    with pytest.raises(ValueError, match=r"OneHot: expected classes 0 ... 2 in the classes, got 3"):
+    with pytest.raises(ValueError, match=r"OneHot: expected classes 0 ... 2 in y, got 3"):
         sampled(ConditionalPrior(NormalEncoder(of_class(4))), torch.tensor([3, 0]), 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contracts import BATCH, Case, GuideContract, ModelContract, normal_x, traced
 from linear_given_class import LinearGivenClass
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 from pyro_vae import latents, likelihoods
@@ -292,9 +292,73 @@ def test_a_guide_with_a_context_of_other_rows() -> None:
     _, guide, x, y = pair_and_data()
     with pytest.raises(ValueError, match="Concatenate: expected context and input with the same"):
         guide(x, y[:3])
-    match = r"AmortizedNormal: expected the network to encode each of 1 rows .* \(5,\)"
+    match = r"AmortizedNormal: expected the network to encode each of 1 rows .* \(5,\) from x of"
     with pytest.raises(ValueError, match=match):
         guide(x[:1], y)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("num_rows", [2, BATCH])
+def test_classes_as_a_column(num_rows: int, learnt: bool) -> None:
+    """Each row would meet the classes of all: two rows are as many as the code has coordinates."""
+    (model, guide), x = of_classes(learnt), normal_x(num_rows)
+    column = classes_of(x).unsqueeze(-1)
+    match = (
+        rf"ConditionalVAE: expected one output of the decoder for each of {num_rows} rows, got "
+        rf"batch shape \({num_rows}, {num_rows}\) .*y.squeeze\(-1\)"
+    )
+    with pytest.raises(ValueError, match=match):
+        latents.generate(model, x, column)
+    match = rf"into one code, .* context of shape \({num_rows}, 1\).*integers of shape \(batch,\)"
+    with pytest.raises(ValueError, match=match):
+        guide(x, column)
+
+
+class Number(nn.Module):
+    """A decoder of codes and contexts that are single numbers."""
+
+    def forward(self, z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (z + y.reshape(len(y))).unsqueeze(-1).expand(*z.shape[:-1], len(y), 4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, BATCH])
+def test_codes_of_a_single_number_with_particles_and_enumerated(num_rows: int) -> None:
+    """They have no dimension of their own, and contexts that are columns may be features."""
+    x, y = normal_x(num_rows), torch.arange(num_rows)
+
+    def of_normal(context: torch.Tensor) -> torch.Tensor:
+        return pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    def of_class(context: torch.Tensor) -> torch.Tensor:
+        return pyro.sample("z", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+
+    def guide(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+    for context in (y, y.double().unsqueeze(-1)):
+        model = ConditionalVAE(Number(), likelihoods.Normal(), of_normal)
+        estimate = log_likelihood(model, guide, x, context, num_particles=num_rows)
+        assert estimate.log_likelihood.shape == (num_rows,)
+        model = ConditionalVAE(Number(), likelihoods.Normal(), of_class)
+        loss = TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda x, y: None, x, context)
+        each = [dist.Normal(y + z, 1.0).log_prob(x.T).sum(0).exp() / 2 for z in (0.0, 1.0)]
+        assert loss == pytest.approx(-float((each[0] + each[1]).log().sum()))
+
+
+def test_a_context_by_keyword() -> None:
+    model, guide, x, y = pair_and_data()
+    results = []
+    for args, kwargs in (((x, y), {}), ((x,), {"y": y})):
+        pyro.set_rng_seed(1)
+        results.append(
+            SVI(model, guide, pyro.optim.Adam({"lr": 0.0}), Trace_ELBO()).step(*args, **kwargs)
+        )
+    assert results[0] == results[1]
+    assert torch.equal(latents.encode(guide, x, y=y).mean, latents.encode(guide, x, y).mean)
+    match = r"AmortizedNormal: expected at most one context by keyword, got \['y', 'mask'\]"
+    with pytest.raises(TypeError, match=match):
+        guide(x, y=y, mask=y)
 
 
 @pytest.mark.parametrize("label", [-1, NUM_CLASSES])
@@ -309,7 +373,7 @@ def test_labels_out_of_range(label: int) -> None:
 def test_labels_of_another_type() -> None:
     model, guide, x, y = pair_and_data()
     for program in (model, guide):
-        with pytest.raises(TypeError, match="expected the classes of integers.*got torch.bool"):
+        with pytest.raises(TypeError, match="expected y of integers.*got torch.bool"):
             program(x, y > 0)
         with pytest.raises(ValueError, match="OneHot: expected classes as integers, or one-hot"):
             program(x, y.double())

@@ -62,11 +62,12 @@ def test_one_hot_takes_rows_that_are_one_hot() -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        torch.tensor([0.5, 0.5, 0.0]),
-        torch.tensor([1.0, 1.0, 0.0]),
-        torch.tensor([0.0, 0.0, 0.0]),
-        torch.tensor([2.0, -1.0, 0.0]),
-        torch.tensor([1.0, float("nan"), 0.0]),
+        torch.tensor([[0.5, 0.5, 0.0]]),
+        torch.tensor([[1.0, 1.0, 0.0]]),
+        torch.tensor([[0.0, 0.0, 0.0]]),
+        torch.tensor([[2.0, -1.0, 0.0]]),
+        torch.tensor([[1.0, float("nan"), 0.0]]),
+        torch.tensor([0.0, 1.0, 0.0]),  # one row, or three classes as floats
         torch.eye(4),
         torch.tensor(1.0),
         torch.tensor([2.0, 0.0, 1.0, 1.0]),  # classes as floats
@@ -91,15 +92,17 @@ def test_embed() -> None:
 def test_what_is_no_class(module: nn.Module) -> None:
     where = type(module).__name__
     for bad in (-1, C):
-        match = rf"{where}: expected classes 0 \.\.\. 2 in the classes, got {bad}"
+        match = rf"{where}: expected classes 0 \.\.\. 2 in y, got {bad}"
         with pytest.raises(ValueError, match=match):
             module(torch.tensor([0, bad]))
-    with pytest.raises(TypeError, match=f"{where}: expected the classes of integers.*torch.bool"):
+    with pytest.raises(
+        TypeError, match=rf"{where}: expected y of integers.*torch.bool. y.long\(\)"
+    ):
         module(Y > 0)
-    with pytest.raises(TypeError, match=f"{where}: expected the classes to be a tensor.*got list"):
+    with pytest.raises(TypeError, match=f"{where}: expected y to be a tensor.*got list"):
         module([0, 1])
     if isinstance(module, Embed):
-        with pytest.raises(TypeError, match="Embed: expected the classes of integers.*float64"):
+        with pytest.raises(TypeError, match="Embed: expected y of integers.*float64"):
             module(Y.double())
 
 
@@ -317,8 +320,11 @@ def test_svi_trains_the_maps_of_film() -> None:
 @pytest.mark.parametrize("make", [lambda: Concatenate(MLP(3, [], 4)), lambda: FiLM(2, [3], 4, 1)])
 def test_classes_without_an_embedding(make: Callable[[], nn.Module]) -> None:
     net = make()
-    match = rf"{type(net).__name__}: expected a context of floats, got (torch.int64|list).*OneHot"
-    for context in (Y, [0.0]):
+    match = (
+        rf"{type(net).__name__}: expected a context of floats, got (torch.int64|list)"
+        r".*OneHot.*rows that are one-hot, as context.float\(\)"
+    )
+    for context in (Y, nn.functional.one_hot(Y), [0.0]):
         with pytest.raises(TypeError, match=match):
             net(torch.randn(5, 2), context)
 
@@ -338,6 +344,18 @@ def test_a_single_number(make: Callable[[], nn.Module]) -> None:
     match = rf"{type(net).__name__}: expected a context with features .*got a single number"
     with pytest.raises(ValueError, match=match):
         net(torch.randn(5, 2), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("make", [lambda: Concatenate(MLP(5, [], 4)), lambda: FiLM(2, [3], 4, 3)])
+def test_a_number_for_each_row(make: Callable[[], nn.Module]) -> None:
+    """Of three rows, it must not be taken for three features of all rows."""
+    net, context = make(), torch.randn(3)
+    match = rf"{type(net).__name__}: expected a context with a row of features for each row, got "
+    with pytest.raises(ValueError, match=match + r"floats of shape \(3,\) .*context.unsqueeze\(-1"):
+        net(torch.randn(3, 2), context)
+    one_for_all = net(torch.randn(3, 2), context.unsqueeze(0))  # as the message says
+    assert one_for_all.shape == (3, 4)
+    assert net(torch.randn(2), context).shape == (4,)  # one row of both
 
 
 def test_an_image_that_is_not_flat() -> None:

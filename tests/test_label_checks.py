@@ -7,7 +7,8 @@ import torch
 
 from pyro_vae.label_checks import check_labels, is_integer
 
-INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8]
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64]
+INTEGERS += [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
@@ -16,6 +17,7 @@ def test_integers_are_taken(dtype: torch.dtype) -> None:
     assert is_integer(y)
     check_labels("here", "y", y, 3)
     check_labels("here", "y", y, 3, num_rows=3)
+    check_labels("here", "y", y, 2, labelled=torch.tensor([False, True, True]))
     with pytest.raises(ValueError, match=r"here: expected classes 0 \.\.\. 1 in y, got 2"):
         check_labels("here", "y", y, 2)
 

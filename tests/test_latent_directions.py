@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_vae import latents
-from pyro_vae.guides import AmortizedNormal, ExactLinearGaussian
+from pyro_vae.guides import AmortizedBottomUp, AmortizedNormal, ExactLinearGaussian
 from pyro_vae.models import LinearGaussian
 from pyro_vae.nets import MLP
 
@@ -149,6 +149,35 @@ def test_other_latents_stay(site: str) -> None:
     torch.testing.assert_close(moved, x + torch.tensor([0, 0, 1, 1]) + shift)
 
 
+def test_codes_of_a_hierarchy_are_means_given_means() -> None:
+    """From the bottom up, the upper latent would follow a draw of the lower one."""
+    guide = AmortizedBottomUp([MLP(DATA_DIM, [], 2 * 3), MLP(3, [8], 2 * LATENT_DIM)])
+    x = torch.randn(8, DATA_DIM)
+    attribute = x[:, 0] > 0
+    low, top = guide.encoders
+    code = top(low(x).mean).mean.detach()
+    expected = code[attribute].mean(0) - code[~attribute].mean(0)
+    torch.testing.assert_close(latents.attribute_vector(guide, x, attribute, site="z2"), expected)
+
+
+def test_moves_out_of_the_support() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
+            pyro.sample("obs", dist.Poisson(length), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("length", dist.LogNormal(0.0 * x, 0.1))
+
+    x, direction = torch.ones(3), torch.tensor(1.0)
+    message = "move: expected codes in the support of site 'length', .*, got some outside it"
+    with pytest.raises(ValueError, match=message):
+        latents.move(model, guide, x, direction, [1, -5])
+    mean = torch.tensor(0.005).exp().expand(3)
+    torch.testing.assert_close(latents.move(model, guide, x, direction, [1])[0], mean + 1)
+
+
 def test_codes_that_are_matrices_and_numbers() -> None:
     """A direction has the shape of one code, whatever that is."""
     for shape in ((), (2, 3)):
@@ -238,8 +267,13 @@ def test_a_direction_has_the_shape_of_one_code() -> None:
     for direction in (torch.zeros(3), torch.zeros(4, 2), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=message):
             latents.move(model, guide, x, direction, [1])
-    with pytest.raises(ValueError, match="move: expected at least one amount, got none"):
-        latents.move(model, guide, x, torch.zeros(2), [])
+    for amounts in ([], torch.tensor(1.0), [[1.0]]):
+        with pytest.raises(
+            ValueError, match=r"move: expected one or more amounts, .* got shape \("
+        ):
+            latents.move(model, guide, x, torch.zeros(2), amounts)
+    with pytest.raises(TypeError, match="move: expected direction to be a tensor, got list"):
+        latents.move(model, guide, x, [1.0, 0.0], [1])  # type: ignore[arg-type]
 
 
 def test_what_else_is_asked_of_programs() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from pyro_vae import latents
 from pyro_vae.guides import AmortizedNormal, ExactGaussianMixture, ExactLinearGaussian
+from pyro_vae.handlers import replay_values
 from pyro_vae.latent_paths import autoregressive_noise, great_circle, periodic_noise
 from pyro_vae.likelihoods import Bernoulli, Categorical, Normal
 from pyro_vae.models import VAE, GaussianMixture, LinearGaussian
@@ -321,8 +322,16 @@ def test_classes_are_reconstructed_by_their_mode() -> None:
 
 def test_traverse_refuses_a_coordinate_that_is_not_there() -> None:
     model = LinearGaussian(3, 2)
-    with pytest.raises(ValueError, match="traverse: expected dims in 0 ... 1, got"):
-        latents.traverse(model, ExactLinearGaussian(model), torch.zeros(5, 3), dims=[2])
+    pair = model, ExactLinearGaussian(model)
+    message = r"traverse: expected one or more dims in 0 ... 1, got "
+    with pytest.raises(ValueError, match=message + r"\[2\]"):
+        latents.traverse(*pair, torch.zeros(5, 3), dims=[2])
+    with pytest.raises(ValueError, match=message + r"\[\]. .* leave dims out for all"):
+        latents.traverse(*pair, torch.zeros(5, 3), dims=[])
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        latents.traverse(*pair, torch.zeros(5, 3), dims=[0.5])  # type: ignore[list-item]
+    some = latents.traverse(*pair, torch.zeros(5, 3), dims=torch.tensor([1, -2]))
+    assert torch.equal(some, latents.traverse(*pair, torch.zeros(5, 3), dims=[1, 0]))
 
 
 def test_walks_need_one_observed_site() -> None:
@@ -556,6 +565,13 @@ def test_nearly_opposite_codes() -> None:
             great_circle(torch.eye(2), torch.stack([-scale * start, start]), torch.tensor([0.5]))
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e25, 1e300])
+def test_lengths_whose_squares_are_no_numbers(scale: float) -> None:
+    start, end = scale * torch.tensor([1.0, 0.0]), scale * torch.tensor([0.0, 1.0])
+    middle = great_circle(start, end, torch.tensor([0.5]))[0] / scale
+    torch.testing.assert_close(middle, torch.full((2,), 0.5**0.5))
+
+
 def test_spherical_interpolation_of_a_linear_model() -> None:
     model, guide = linear_pair()
     start, end = torch.randn(2, 4, DATA_DIM)
@@ -617,6 +633,96 @@ def test_walks_of_programs_with_a_class() -> None:
     for steps in (latents.walk, latents.loop):
         path = steps(shifted_model, start, y, num_steps=50)
         assert torch.equal((path / 10).round().mean((0, 2)), y.to(path))
+
+
+# Codes that belong together, and to the model.
+
+
+def bottom_up_model(x: torch.Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        top = pyro.sample("top", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(3)))
+        low = pyro.sample("low", dist.Normal(top, 1.0).to_event(1))
+        loc = torch.cat([top, low, kind.to(low).unsqueeze(-1)], -1)
+        pyro.sample("obs", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+
+def bottom_up_guide(x: torch.Tensor) -> None:
+    """Each latent follows the value of the one before."""
+    with pyro.plate("rows", len(x)):
+        low = pyro.sample("low", dist.Normal(x[:, 2:4], 3.0).to_event(1))
+        kind = pyro.sample("kind", dist.Categorical(logits=torch.cat([low, 0 * low[:, :1]], -1)))
+        pyro.sample("top", dist.Normal(2 * low + kind.unsqueeze(-1), 3.0).to_event(1))
+
+
+def test_codes_are_means_given_means() -> None:
+    pair, x = (bottom_up_model, bottom_up_guide), torch.randn(20, 5)
+    low = x[:, 2:4]
+    kind = torch.cat([low, 0 * low[:, :1]], -1).argmax(-1, keepdim=True)
+    expected = torch.cat([2 * low + kind, low, kind.to(low)], -1)
+    torch.testing.assert_close(latents.reconstruct(*pair, x), expected)
+    found = latents.interpolate(*pair, x, x, num_steps=2, site="top")
+    torch.testing.assert_close(found, expected.expand(2, -1, -1))
+    found = latents.traverse(*pair, x, dims=[0], values=[7], site="low")[0, 0]
+    expected[:, 2] = 7
+    torch.testing.assert_close(found, expected)
+    noisy = latents.reconstruct(*pair, x, sample=True)
+    assert ((noisy - expected)[:, :2].abs() > 1e-3).all()
+
+
+def test_values_that_a_guide_is_given_are_its_codes() -> None:
+    x, low = torch.zeros(4, 5), torch.randn(4, 2)
+    guide = replay_values(bottom_up_guide, {"low": low})
+    found = latents.reconstruct(bottom_up_model, guide, x)
+    torch.testing.assert_close(found[:, 2:4], low)
+    torch.testing.assert_close(found[:, :2], 2 * low + found[:, 4:])
+
+
+def test_without_a_mean_a_code_is_a_draw() -> None:
+    """Cauchy distributions have none, in those rows alone where the degrees of freedom say so."""
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("code", dist.StudentT(x[:, :1] + 1.0, x, 1.0).to_event(1))
+
+    x = torch.tensor([[0.0, 0.0], [9.0, 9.0]])
+    found = [latents.reconstruct(identity_model, guide, x) for _ in range(2)]
+    assert all(f.isfinite().all() for f in found)
+    assert (found[0][0] != found[1][0]).all()
+    for f in found:
+        torch.testing.assert_close(f[1], x[1])
+
+
+def simplex_model(x: torch.Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        share = pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("obs", dist.Normal(share, 1.0).to_event(1), obs=x)
+
+
+def simplex_guide(x: torch.Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        pyro.sample("share", dist.Dirichlet(x))
+
+
+def test_codes_outside_the_support() -> None:
+    pair, start = (simplex_model, simplex_guide), torch.tensor([[5.0, 1.0, 1.0], [1.0, 7.0, 1.0]])
+    end = start.flip(-1)
+    message = (
+        r": expected codes in the support of site 'share', Simplex\(\), got some outside it. Stay"
+    )
+    with pytest.raises(ValueError, match="interpolate" + message):
+        latents.interpolate(*pair, start, end, path="spherical")
+    with pytest.raises(ValueError, match="traverse" + message):
+        latents.traverse(*pair, start, dims=[0])
+    for code in (torch.ones(2, 3), torch.full((2, 3), math.nan)):
+        with pytest.raises(ValueError, match="decode" + message):
+            latents.decode(simplex_model, {"share": code}, start)
+    found = latents.interpolate(*pair, start, end, num_steps=3)  # A simplex is convex.
+    ends = [x / x.sum(-1, keepdim=True) for x in (start, end)]
+    torch.testing.assert_close(found[1], (ends[0] + ends[1]) / 2)
+    torch.testing.assert_close(
+        latents.decode(simplex_model, {"share": ends[0]}, start).mean, ends[0]
+    )
 
 
 # Random walks.
@@ -796,6 +902,47 @@ def test_latents_of_another_kind_stay() -> None:
         assert len(value[0].unique()) > 1
 
 
+@pytest.mark.parametrize(
+    "fn", [dist.HalfNormal(1.0), dist.Gumbel(0.0, 1.0), dist.Weibull(1.0, 2.0)]
+)
+def test_distributions_with_a_part_of_torch(fn: Any) -> None:
+    """Pyro wraps those of torch, which have no ``shape`` of Pyro's."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            other = pyro.sample("other", fn)
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = torch.cat([z, other.unsqueeze(-1)], -1)
+            pyro.sample("obs", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    path = latents.walk(model, torch.zeros(4, 3), num_steps=3, site="z")
+    assert (path[..., :2].diff(dim=0).abs() > 0).all()
+    assert torch.equal(path[..., 2], path[:1, :, 2].expand(3, 4))
+
+
+def test_half_normal_noise_walks() -> None:
+    path = latents.walk(scaled(dist.HalfNormal(2.0)), torch.zeros(4000), num_steps=3)
+    assert (path >= 0).all()
+    mean, variance = 2 * (2 / math.pi) ** 0.5, 4 * (1 - 2 / math.pi)
+    assert ((path.mean(1) - mean).abs() < 5 * (variance / 4000) ** 0.5).all()
+
+
+def test_values_given_inside_the_model_stay() -> None:
+    x, top = torch.zeros(3, 4), torch.randn(3, 2)
+    trace = pyro.poutine.trace(ladder_model).get_trace(x)
+    trace.remove_node("low")
+    for model, value in (
+        (replay_values(ladder_model, {"top": top}), top),
+        (pyro.poutine.replay(ladder_model, trace), trace.nodes["top"]["value"]),
+    ):
+        for site in (None, "low"):
+            path = latents.walk(model, x, num_steps=3, site=site)
+            torch.testing.assert_close(path[..., :2], value.expand(3, -1, -1))
+            assert (path[..., 2:].diff(dim=0).abs() > 0).all()
+        with pytest.raises(ValueError, match=r"walk: expected site .* of \['low'\], got 'top'"):
+            latents.walk(model, x, num_steps=3, site="top")
+
+
 def test_a_point_mass_is_no_latent_of_its_own() -> None:
     def model(x: torch.Tensor) -> None:
         with pyro.plate("rows", len(x)):
@@ -807,6 +954,8 @@ def test_a_point_mass_is_no_latent_of_its_own() -> None:
     path = latents.walk(model, torch.zeros(3, 4), num_steps=4)
     torch.testing.assert_close(path[..., 2:], 2 * path[..., :2])
     assert (path.diff(dim=0).abs() > 0).all()
+    with pytest.raises(ValueError, match=r"walk: expected site .* of \['z'\], got 'double'"):
+        latents.walk(model, torch.zeros(3, 4), num_steps=4, site="double")
 
 
 def test_priors_that_are_not_made_of_normal_noise() -> None:
@@ -876,8 +1025,9 @@ def test_an_unknown_path() -> None:
 
 def test_traverse_needs_a_value() -> None:
     model, guide = linear_pair()
-    with pytest.raises(ValueError, match="traverse: expected at least one value, got none"):
-        latents.traverse(model, guide, torch.zeros(3, DATA_DIM), values=[])
+    for values, shape in (([], r"\(0,\)"), (torch.tensor(1.0), r"\(\)")):
+        with pytest.raises(ValueError, match=f"traverse: expected one or more values, .*{shape}"):
+            latents.traverse(model, guide, torch.zeros(3, DATA_DIM), values=values)
 
 
 def test_walks_from_data_refuse_rows_drawn_at_random() -> None:

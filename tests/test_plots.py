@@ -45,6 +45,8 @@ CALLS: dict[str, Callable[[Axes | None], Axes]] = {
     "history": lambda ax: plots.plot_history({"A": History(loss=[2.0, 1.0])}, ax=ax),
     "em": lambda ax: plots.plot_em({"A": torch.tensor([-2.0, -1.0])}, ax=ax),
     "bounds": lambda ax: plots.plot_bounds([1, 10], {"A": [-2.0, -1.0]}, ax=ax),
+    "gap": lambda ax: plots.plot_gap(torch.arange(2), torch.ones(2), torch.zeros(2), ax=ax),
+    "jensen": lambda ax: plots.plot_jensen(torch.tensor([0.0, 1.0]), ax=ax),
     "images": lambda ax: plots.plot_images(images(), image_shape=(3, 4), ax=ax),
     "rate_distortion": lambda ax: plots.plot_rate_distortion([point(1, 5.0, 80.0)], ax=ax),
     "reconstructions": lambda ax: plots.plot_reconstructions(images(3, 4), {}, ax=ax),
@@ -222,8 +224,17 @@ def test_images_that_are_not_square(shape: tuple[int, int]) -> None:
     x = images(1, 12)
     expected = x.reshape(shape).numpy()
     assert np.array_equal(shown(plots.plot_images(x, 1, image_shape=shape)), expected)
-    upright = plots.plot_images(x.reshape(1, *shape), 1, image_shape=shape)
-    assert np.array_equal(shown(upright), expected)
+    for of_argument in (shape, None):  # Height and width of the tensor are enough.
+        upright = plots.plot_images(x.reshape(1, *shape), 1, image_shape=of_argument)
+        assert np.array_equal(shown(upright), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (8, 2)])
+def test_images_whose_pixels_would_make_a_square(shape: tuple[int, int]) -> None:
+    x = images(2, 16).reshape(2, *shape)
+    canvas = shown(plots.plot_images(x, 1))
+    assert np.array_equal(canvas[: shape[0]], x[0].numpy())
+    assert np.array_equal(canvas[shape[0] + 1 :], x[1].numpy())
 
 
 def test_image_limits() -> None:
@@ -295,7 +306,8 @@ def test_frames_of_a_film(tmp_path: Path, upright: bool) -> None:
     x = (torch.rand(4, 5, 6) > 0.5).to(torch.float32).requires_grad_()
     path, zoom = tmp_path / "film.gif", 3
     given = x.reshape(4, 5, 2, 3) if upright else x
-    plots.save_gif(given, path, 2, image_shape=(2, 3), zoom=zoom, frames_per_second=25)
+    shape = None if upright else (2, 3)
+    plots.save_gif(given, path, 2, image_shape=shape, zoom=zoom, frames_per_second=25)
     assert plt.get_fignums() == []
     with Image.open(path) as film:
         assert film.n_frames == 4
@@ -335,6 +347,24 @@ def test_a_film_has_frames_of_images(tmp_path: Path, shape: tuple[int, ...]) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_numbers_of_a_film(tmp_path: Path) -> None:
+    film = torch.rand(2, 3, 4)
+    for name in ("zoom", "frames_per_second"):
+        with pytest.raises(ValueError, match=f"save_gif: expected {name} >= 1, got 0"):
+            plots.save_gif(film, tmp_path / "film.gif", **{name: 0})
+    with pytest.raises(ValueError, match="plots: expected num_columns >= 1, got 0"):
+        plots.save_gif(film, tmp_path / "film.gif", 0)
+    with pytest.raises(ValueError, match="plots: expected num_columns >= 1, got 0"):
+        plots.plot_images(film[0], 0)
+    assert plt.get_fignums() == []
+
+
+def test_a_film_that_cannot_be_written_leaves_no_figure_open(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        plots.save_gif(torch.rand(2, 3, 4), tmp_path / "nowhere" / "film.gif")
+    assert plt.get_fignums() == []
+
+
 # Codes.
 
 
@@ -361,3 +391,56 @@ def test_codes_of_another_shape(codes: tuple[int, ...], labels: tuple[int, ...])
     with pytest.raises(ValueError, match=message):
         plots.plot_codes(torch.zeros(codes), torch.zeros(labels))
     assert plt.get_fignums() == []
+
+
+def test_gap_shades_what_lies_between() -> None:
+    x, exact, elbo = (
+        torch.arange(3.0),
+        torch.tensor([-2.0, -1.0, 0.0]),
+        torch.tensor([-2.5, -4, -1]),
+    )
+    ax = plots.plot_gap(x, exact, elbo.requires_grad_())
+    above, below = (torch.as_tensor(line.get_ydata()) for line in ax.lines)
+    assert torch.equal(above, exact)
+    assert torch.equal(below, elbo.detach())
+    assert {text.get_text(): text.xy for text in ax.texts} == {"log p(x)": (1, -1), "ELBO": (1, -4)}
+    (area,) = ax.collections
+    box = area.get_paths()[0].get_extents()
+    assert (box.y0, box.y1) == (-4, 0)
+
+
+def test_jensen_levels_and_bars() -> None:
+    # Two weights, 1 and 3, of probabilities 3/4 and 1/4: the mean is 3/2.
+    log_w, p = torch.tensor([1.0, 3.0]).log(), torch.tensor([0.75, 0.25])
+    ax = plots.plot_jensen(log_w + 100, p)
+    gap = float(torch.tensor(1.5).log() - 0.25 * log_w[1])
+    levels = [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+    assert levels == pytest.approx([0, -gap])
+    assert f"KL = {gap:.2f}" in [text.get_text() for text in ax.texts]
+    (bars,) = ax.patches
+    heights, edges, low = bars.get_data()
+    tall = {float(edges[i]): heights[i] - low for i in np.flatnonzero(heights > low)}
+    assert list(tall) == pytest.approx([1 / 1.5, 3 / 1.5], abs=0.05)
+    first, second = tall.values()
+    assert first == pytest.approx(3 * second)
+    assert ax.get_xlim()[1] > 2  # All weights are in the picture.
+
+
+def test_jensen_draws_count_alike() -> None:
+    log_w = torch.randn(20)
+    first, second = plots.plot_jensen(log_w), plots.plot_jensen(log_w, torch.full((20,), 0.05))
+    for one, other in zip(first.lines, second.lines, strict=True):
+        assert np.allclose(one.get_ydata(), other.get_ydata())
+
+
+@pytest.mark.parametrize(
+    ("log_w", "p"),
+    [
+        (torch.zeros(3, 2), None),
+        (torch.zeros(3), torch.ones(2)),
+        (torch.tensor([-torch.inf]), None),
+    ],
+)
+def test_jensen_refuses(log_w: torch.Tensor, p: torch.Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"plot_jensen: expected finite log-weights .* one datum"):
+        plots.plot_jensen(log_w, p)

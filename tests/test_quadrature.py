@@ -317,6 +317,181 @@ def test_an_elbo_of_minus_infinity() -> None:
     torch.testing.assert_close(result.posterior.log_likelihood, exact, rtol=0.0, atol=1e-3)
 
 
+def guide_from(fn: Callable[[torch.Tensor], Any]) -> Callable[..., None]:
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("code", fn(x))
+
+    return guide
+
+
+@pytest.mark.parametrize("df", [2.0, 2.1, 2.5, 3.0])
+def test_a_guide_with_heavy_tails_is_refused(df: float) -> None:
+    """E[z^2] is infinite, or has much of its mass far out, where q itself has none."""
+    guide = guide_from(lambda x: dist.StudentT(df, x / 2, 1.0))
+    with pytest.raises(ValueError, match="expected a guide whose tail adds nothing to the ELBO"):
+        quadrature_elbo(normal_model, guide, X)
+
+
+@pytest.mark.parametrize("df", [2.5, 3.0, 4.0, 8.0])
+def test_the_error_of_a_guide_with_heavy_tails(df: float) -> None:
+    guide, x = guide_from(lambda x: dist.StudentT(df, x / 2, 1.0)), X.double()
+    result = quadrature_elbo(normal_model, guide, x, tolerance=0.5)
+    mean, variance = x / 2, df / (df - 2)
+    energy = (variance + mean**2 + (x - mean) ** 2 + variance) / 2 + math.log(2 * math.pi)
+    exact = dist.StudentT(torch.tensor(df), 0.0, 1.0).entropy() - energy
+    assert ((result.elbo - exact).abs() <= 1.1 * result.error + 1e-8).all()
+
+
+def test_an_integrand_far_beyond_both_densities() -> None:
+    """q exp(z) has its mass at z = 49, seven standard deviations from that of q = N(0, 7)."""
+    model = one_latent(lambda: dist.Normal(0.0, 7.0), lambda z: dist.Poisson(z.exp()))
+    guide = guide_from(lambda x: dist.Normal(torch.zeros_like(x), 7.0))
+    x = torch.tensor([0.0, 3.0])
+    exact = -math.exp(24.5) - torch.lgamma(x + 1)
+    torch.testing.assert_close(quadrature_elbo(model, guide, x).elbo, exact, rtol=1e-9, atol=0.0)
+
+
+def test_a_guide_beyond_the_support_of_the_prior() -> None:
+    """Six standard deviations within it are mass beyond; a hundred are none in float64."""
+    model = one_latent(lambda: dist.Gamma(2.0, 1.0), lambda z: dist.Poisson(z))
+    beyond = quadrature_elbo(model, guide_from(lambda x: dist.Normal(3.0 + 0 * x, 0.5)), X)
+    assert (beyond.elbo == -math.inf).all()
+    assert (beyond.kl == math.inf).all()
+    assert (beyond.error == 0).all()
+    far = quadrature_elbo(model, guide_from(lambda x: dist.Normal(50.0 + 0 * x, 0.5)), X)
+    assert far.elbo.isfinite().all()
+
+
+@pytest.mark.parametrize("built_outside", [False, True])
+def test_a_guide_on_half_of_the_support(built_outside: bool) -> None:
+    """q = Gamma(3, 1) for a real latent: all of its moments are known."""
+    gamma = dist.Gamma(torch.tensor(3.0), torch.tensor(1.0))
+    guide = guide_from(
+        lambda x: gamma.expand(x.shape) if built_outside else dist.Gamma(3.0 + 0 * x, 1.0)
+    )
+    x = X.double()
+    result = quadrature_elbo(normal_model, guide, x)
+    exact = gamma.entropy() - math.log(2 * math.pi) - (12 + x**2 - 6 * x + 12) / 2
+    assert ((result.elbo - exact).abs() <= result.error).all()
+    torch.testing.assert_close(result.elbo, exact, rtol=0.0, atol=1e-4)
+
+
+def test_an_exponential_guide_has_no_density_below_zero() -> None:
+    """Torch gives it one there, which grows without bound."""
+    guide = guide_from(lambda x: dist.Exponential(1.0 + 0 * x))
+    x = X.double()
+    result = quadrature_elbo(normal_model, guide, x, tolerance=2e-3)
+    exact = 1 - math.log(2 * math.pi) - (2 + x**2 - 2 * x + 2) / 2
+    assert ((result.elbo - exact).abs() <= result.error).all()
+    torch.testing.assert_close(result.elbo, exact, rtol=0.0, atol=2e-3)
+
+
+def test_a_hidden_latent_with_data() -> None:
+    """Without its densities the guide stands for the prior: x ~ N(2, 0.1^2 + 0.05^2)."""
+    seen, x = torch.tensor([True, False]), torch.tensor([2.0, 2.1])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            with poutine.mask(mask=seen):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)), poutine.mask(mask=seen):
+            pyro.sample("z", dist.Normal(torch.full_like(x, 2.0), 0.05))
+
+    result = quadrature_elbo(model, guide, x)
+    expected = dist.Normal(2.0, 0.1).log_prob(x[1]) - 0.5 * (0.05 / 0.1) ** 2
+    torch.testing.assert_close(result.elbo[1], expected, **EXACT)
+    bounded = dist.Normal(2.0, math.hypot(0.1, 0.05)).log_prob(x[1])
+    torch.testing.assert_close(result.kl[1], bounded - expected, **EXACT)
+    gap = result.posterior.log_likelihood[0] - result.elbo[0]
+    torch.testing.assert_close(result.kl[0], gap, **EXACT)
+
+
+# Jumps, cusps, and supports that move.
+
+
+def between_steps(center: float, width: float, high: float) -> tuple[Callable[..., None], float]:
+    """A decoder that steps up and down again, and log p(x = 1)."""
+    model = one_latent(
+        lambda: dist.Normal(0.0, 1.0),
+        lambda z: dist.Bernoulli(torch.where((z - center).abs() < width, high, 0.1)),
+    )
+    ends = torch.special.ndtr(torch.tensor([center + width, center - width]))
+    inside = float(ends[0] - ends[1])
+    return model, math.log(high * inside + 0.1 * (1 - inside))
+
+
+def test_steps_up_and_down() -> None:
+    """Their costs cancel on the grid and on every other point of it, or nearly."""
+    model, exact = between_steps(-0.24754477330646374, 0.025021358400706118, 0.9)
+    posterior = quadrature(model, torch.ones(1), tolerance=2e-3)
+    assert abs(float(posterior.log_likelihood) - exact) < float(posterior.error) < 2e-3
+    torch.manual_seed(0)
+    for center, width, high in (torch.rand(40, 3) * torch.tensor([3.0, 1.5, 0.8])).tolist():
+        model, exact = between_steps(center - 1.5, width + 0.05, high + 0.1)
+        grid = torch.linspace(-9.0, 9.0, 1025)
+        posterior = quadrature(model, torch.ones(1), grid=grid, tolerance=1.0)
+        assert abs(float(posterior.log_likelihood) - exact) <= float(posterior.error)
+
+
+def test_a_smooth_decoder_costs_nothing_for_jumps() -> None:
+    posterior = quadrature(normal_model, X, grid=torch.linspace(-7, 7, 61))
+    assert (posterior.error < 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("center", "x", "scale"),
+    [(-0.24406233131278388, 0.7265152248971123, 1e-4), (0.21129728, 1.64322733, 3e-4)],
+)
+def test_no_mode_is_lost_for_a_cusp(center: float, x: float, scale: float) -> None:
+    """A parabola through the points beside a cusp ends far below it."""
+    model = one_latent(
+        lambda: dist.Normal(0.0, 1.0), lambda z: dist.Laplace((z - center) ** 2, scale)
+    )
+    data = torch.tensor([x])
+    posterior = quadrature(model, data, tolerance=0.5)
+    root = math.sqrt(x)
+    modes = torch.tensor([center + root, center - root])
+    exact = dist.Normal(0.0, 1.0).log_prob(modes).logsumexp(0) - math.log(2 * root)
+    assert abs(float(posterior.log_likelihood - exact)) < 0.05
+    with pytest.raises(ValueError, match="an error of at most 0.0001 nats, got an estimate"):
+        quadrature(model, data)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_support_that_moves_with_the_latent(seed: int) -> None:
+    """What the prior draws does not matter: x = 0.5 is possible for z in (-0.5, 1.5) alone."""
+    pyro.set_rng_seed(seed)
+    model = one_latent(
+        lambda: dist.Normal(0.0, 1.0), lambda z: dist.Uniform(z - 1, z + 1, validate_args=False)
+    )
+    posterior = quadrature(model, torch.tensor([0.5]), tolerance=1e-3)
+    inside = torch.special.ndtr(torch.tensor(1.5)) - torch.special.ndtr(torch.tensor(-0.5))
+    exact = math.log(float(inside) / 2)
+    assert abs(float(posterior.log_likelihood) - exact) <= float(posterior.error)
+
+
+def test_a_density_that_goes_on_outside_its_support() -> None:
+    """A Pareto gives numbers there: x > z, so that p(x) is an integral up to x."""
+    x = torch.tensor([1.5])
+    model = one_latent(lambda: dist.Gamma(2.0, 1.0), lambda z: dist.Pareto(z, 2.0))
+    posterior = quadrature(model, x, tolerance=2e-3)
+    # 2 x^-3 times the integral of z^3 exp(-z) up to x.
+    exact = (2 * x**-3 * 6 * torch.special.gammainc(torch.tensor([4.0]), x)).log()
+    assert ((posterior.log_likelihood - exact).abs() <= posterior.error).all()
+
+
+def test_data_that_no_latent_allows() -> None:
+    model = one_latent(
+        lambda: dist.Beta(2.0, 2.0), lambda z: dist.Uniform(z, z + 1, validate_args=False)
+    )
+    with pytest.raises(ValueError, match="expected data that are possible for some value"):
+        quadrature(model, torch.tensor([0.5, 9.0]))
+
+
 # Against Monte Carlo, on the curve.
 
 

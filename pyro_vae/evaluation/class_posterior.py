@@ -130,7 +130,9 @@ def class_posterior(
     a wrong class, so it is there that the bounds are loose.
 
     Args:
-        model: Any callable ``model(x, y)`` that scores x given integer classes y, and not y.
+        model: Any callable ``model(x, y)`` that scores x given integer classes y, and not y. A
+            prior of y by ``pyro.factor`` would count twice; it cannot be told from a normalising
+            constant of p(x | y), so it is not noticed.
         guide: A callable with the same signature.
         x: One batch, ``(batch, *event)``.
         num_classes: C.
@@ -144,10 +146,11 @@ def class_posterior(
         ``(batch,)``; nats.
 
     Raises:
-        TypeError: If ``x`` or ``log_prior`` is no tensor of floats.
+        TypeError: If ``x`` is no tensor, or ``log_prior`` no tensor of floats.
         ValueError: If ``num_classes`` is below 2; ``log_prior`` is of another shape or not
-            normalised; the model scores the class, too; some datum has no density under any
-            class; and as in :func:`importance_weighted_log_likelihood`.
+            normalised; the model scores the class, too, as integers or one-hot; some datum has no
+            density under any class; and as in :func:`importance_weighted_log_likelihood`, which
+            also refuses data outside the support that a single class gives them.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -206,8 +209,8 @@ def _checked_log_prior(log_prior: Any, num_classes: int, device: torch.device) -
         got = getattr(log_prior, "dtype", type(log_prior).__name__)
         raise TypeError(
             f"{_WHERE}: expected log_prior to be a tensor of floats, got {got}. Pass the "
-            "logarithms of the classes' probabilities, for instance labels.bincount() / "
-            "len(labels), in a tensor."
+            "logarithms of the classes' probabilities, for instance (labels.bincount() / "
+            "len(labels)).log()."
         )
     if tuple(log_prior.shape) != (num_classes,):
         raise ValueError(
@@ -227,17 +230,26 @@ def _refuse_scored_classes(
     model: Callable[..., Any], guide: Callable[..., Any], x: torch.Tensor, num_classes: int
 ) -> None:
     """Of a model of x and y together, the prior of the class would count twice."""
-    observed = []
+    scored = []
     for label in (0, num_classes - 1):
         y = torch.full((len(x),), label, device=x.device)
         with same_random_numbers_again(), without_side_effects(model, guide):
             pair = trace_pair(model, guide, (x, y), {}, _WHERE)
-        observed.append(sites_of(pair.model_trace, is_observed))
-    for name in observed[0].keys() & observed[1].keys():
-        first, second = (torch.as_tensor(sites[name]["value"]) for sites in observed)
-        if not first.equal(second):
-            raise ValueError(
-                f"{_WHERE}: expected a model of x given its class, got one that scores the class "
-                f"as well, at site '{name}'. Leave that site out, "
-                f"pyro.poutine.block(model, hide=['{name}']), and pass its prior as log_prior."
-            )
+        sites = sites_of(pair.model_trace, is_observed).items()
+        scored.append({n for n, site in sites if _is_class(site["value"], label, num_classes)})
+    for name in scored[0] & scored[1]:
+        raise ValueError(
+            f"{_WHERE}: expected a model of x given its class, got one that scores the class as "
+            f"well, at site '{name}'. Leave that site out, "
+            f"pyro.poutine.block(model, hide=['{name}']), and pass its prior as log_prior."
+        )
+
+
+def _is_class(value: Any, label: int, num_classes: int) -> bool:
+    """Whether a site observes the class itself, or its one-hot vector, in all rows."""
+    value = torch.as_tensor(value)
+    one_hot = torch.arange(num_classes, device=value.device) == label
+    if not value.numel():  # A factor.
+        return False
+    is_one_hot = value.shape[-1:] == one_hot.shape and bool((value == one_hot).all())
+    return is_one_hot or bool((value == label).all())

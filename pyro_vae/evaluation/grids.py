@@ -19,6 +19,10 @@ _CUT = 40.0
 _REACH_REAL, _REACH_BOUNDED = 1e4, 80.0
 # Nats by which a parabola through the points around a maximum may exceed it.
 _RESOLVED = 0.5
+# Orders of the differences that tell a jump from what is smooth.
+_ORDERS = 2, 4, 8, 16
+# In units of the last place: changes that may be rounding are no jumps.
+_ROUNDING = 64.0
 _WRAPPERS = constraints.independent, constraints.MixtureSameFamilyConstraint
 
 
@@ -70,12 +74,14 @@ class Grid:
         log_slope: log |dz / dt|, ``(num,)``.
         gaps: What lies between the first and the last point and the ends of the support; ``inf``
             for an end at infinity, also of t.
+        eps: Rounding of the dtype in which densities are computed.
     """
 
     points: torch.Tensor
     coordinate: torch.Tensor
     log_slope: torch.Tensor
     gaps: tuple[float, float] = (math.inf, math.inf)
+    eps: float = 0.0
 
     def weights(self, every: int = 1) -> torch.Tensor:
         """Weight of each point, ``(num,)``; 0 for all but ``every`` other point and the last."""
@@ -117,13 +123,46 @@ class Grid:
     def coarseness(self, log_f: torch.Tensor) -> torch.Tensor:
         """By how much exp(log_f) may rise between the points, nats, ``(*batch,)``; 0 if resolved.
 
-        Seen from parabolas through the points around each maximum.
+        Seen from parabolas through the points around each maximum that may count.
         """
         log_f = log_f + _beside(self.log_slope, log_f)
-        peaks = vertices(log_f)
-        rise = (peaks - log_f).nan_to_num(0.0)
-        counts = (rise > _RESOLVED) & (peaks > log_f.amax(0) - _CUT)
+        rise = (_vertices(log_f) - log_f).nan_to_num(0.0)
+        counts = (rise > _RESOLVED) & (_ceilings(log_f) > log_f.amax(0) - _CUT)
         return torch.where(counts, rise, 0.0).amax(0)
+
+    def roughness(self, f: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """What jumps of f may cost its integral, ``(*batch,)``: about 0 where f is smooth.
+
+        A jump by J between two points at distance h costs up to h J / 2, up or down as it lies
+        between them, so that costs of several must not be set off against one another. It is told
+        from a slope by its neighbours: differences of high order remove what is smooth.
+
+        Args:
+            f: Finite, ``(num, *batch)``.
+            scale: The numbers that it is computed from, whose rounding is no jump, likewise.
+        """
+        dz = _beside(self.log_slope.exp(), f)
+        f, rounding = f * dz, _ROUNDING * self.eps * scale * dz
+        steps = _beside(self.coordinate.diff().abs(), f)
+        rounding = rounding[1:] + rounding[:-1]
+        slopes, costs = f.diff(dim=0) / steps, []
+        for order in _ORDERS:
+            first, last = (
+                slope.unsqueeze(0).expand(order // 2, *slope.shape)
+                for slope in (slopes[0], slopes[-1])
+            )
+            bends = torch.cat([first, slopes, last]).diff(order, dim=0)
+            jumps = bends.abs() / math.comb(order, order // 2) * steps
+            costs.append((torch.where(jumps > rounding, jumps, 0.0) * steps / 2).sum(0))
+        return torch.stack(costs).amin(0)
+
+    def log_roughness(self, log_f: torch.Tensor) -> torch.Tensor:
+        """The change of :meth:`log_integral` by :meth:`roughness`, nats, ``(*batch,)``."""
+        top = log_f.amax(0).nan_to_num(0.0)
+        f = (log_f - top).exp()
+        scale = torch.where(f > 0, f * (1 + log_f.abs()), 0.0)
+        share = self.roughness(f, scale) / (self.log_integral(log_f) - top).exp()
+        return -torch.log1p(-share.clamp(max=1.0))
 
 
 class Coordinate:
@@ -185,7 +224,8 @@ class Coordinate:
                 f"{self._like.dtype} between {float(z[0]):g} and {float(z[-1]):g}. Run the model "
                 "in torch.float64, or measure the latent on another scale."
             )
-        return Grid(rounded[kept], t[kept], log_slope[kept])
+        eps = torch.finfo(self._like.dtype).eps
+        return Grid(rounded[kept], t[kept], log_slope[kept], eps=eps)
 
     def range_of(
         self, log_densities: Callable[[torch.Tensor], Sequence[torch.Tensor]], num: int
@@ -204,7 +244,7 @@ class Coordinate:
                 # A decoder may overflow far out.
                 log_f = log_f.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
                 log_f = (log_f + _beside(grid.log_slope, log_f)).flatten(1)
-                counts |= (vertices(log_f) > log_f.amax(0) - _CUT).any(1)
+                counts |= (_ceilings(log_f) > log_f.amax(0) - _CUT).any(1)
             index = counts.nonzero().squeeze(1)
             if not len(index):
                 return start, stop  # Nowhere a number: the densities on this range will say so.
@@ -216,7 +256,7 @@ class Coordinate:
                 return start, stop
 
 
-def vertices(log_f: torch.Tensor) -> torch.Tensor:
+def _vertices(log_f: torch.Tensor) -> torch.Tensor:
     """``log_f``, ``(num, *batch)``, with maxima raised to what lies between the points.
 
     That is the vertex of the parabola through a maximum and its neighbours.
@@ -228,6 +268,21 @@ def vertices(log_f: torch.Tensor) -> torch.Tensor:
     raised = log_f.clone()
     raised[1:-1] = torch.where(is_peak, vertex, here)
     return raised
+
+
+def _ceilings(log_f: torch.Tensor) -> torch.Tensor:
+    """``log_f``, ``(num, *batch)``, with maxima raised to what may lie between the points.
+
+    That is a cusp, which a parabola falls short of: its sides go on as steeply as they do around
+    the maximum.
+    """
+    raised = log_f.clone()
+    here = log_f[2:-2]
+    is_peak = (here >= log_f[1:-3]) & (here >= log_f[3:-1])
+    falls = log_f.diff(dim=0).abs().nan_to_num(0.0, 0.0)
+    steepest = torch.stack([falls[i : len(falls) - 3 + i] for i in range(4)]).amax(0)
+    raised[2:-2] = torch.where(is_peak, here + steepest, here)
+    return torch.maximum(raised, _vertices(log_f))  # At the ends too.
 
 
 def _beside(values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,11 @@ from pyro_vae.evaluation.quadrature_checks import (
     check_guide_sites,
     check_tolerance,
 )
-from pyro_vae.evaluation.scalar_densities import ScalarDensities, prior_pair
+from pyro_vae.evaluation.scalar_densities import (
+    ScalarDensities,
+    prior_pair,
+    within_support,
+)
 from pyro_vae.isolation import without_side_effects
 from pyro_vae.pairs import refuse_point_mass, trace_pair
 from pyro_vae.traces import Site
@@ -27,7 +31,7 @@ __all__ = ["GridElbo", "GridPosterior", "quadrature", "quadrature_elbo"]
 Errors = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 
-_MOST_POINTS = 2**16
+_MOST_POINTS = 2**16 + 1
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class GridPosterior:
         log_joint: log p(x, z), nats, ``(num, batch)``.
         log_likelihood: log p(x), nats, ``(batch,)``.
         error: Estimate of its absolute error, nats, ``(batch,)``: the change when every second
-            point is left out, which as a rule is far more than the error, and what the ends of
-            the grid may cut off. The rounding of a model in float32 comes on top.
+            point is left out, which as a rule is far more than the error; what jumps between the
+            points may cost; and what the ends of the grid may cut off. What no point shows is not
+            in it: a mode, or a step up and down again, narrower than the spacing beside a wide
+            mode. More points find it. The rounding of a model in float32 comes on top.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -100,19 +106,21 @@ class GridElbo:
     Attributes:
         posterior: Of the model, on a grid that suits the guide as well.
         log_guide: log q(z | x), nats, ``(num, batch)``.
-        elbo: Lower bound on log p(x), nats, ``(batch,)``.
-        error: Estimate of its absolute error, nats, ``(batch,)``.
+        elbo: Lower bound on log p(x), nats, ``(batch,)``; -inf where the guide has mass that the
+            model has not. In a row where a mask hides the latent, its densities are left out on
+            both sides, as in an estimate by sampling: there q stands for the prior, and this is a
+            bound on the logarithm of the integral of q(z | x) p(x | z).
+        kl: KL(q(z | x) || p(z | x)), the gap of the bound, nats, ``(batch,)``; in a hidden row
+            from q to the posterior under q as prior.
+        error: Estimate of the absolute error of ``elbo``, nats, ``(batch,)``, as that of the
+            posterior, and with what the tail of q log(p / q) may add beyond the grid.
     """
 
     posterior: GridPosterior
     log_guide: torch.Tensor
     elbo: torch.Tensor
+    kl: torch.Tensor
     error: torch.Tensor
-
-    @property
-    def kl(self) -> torch.Tensor:
-        """KL(q(z | x) || p(z | x)), the gap of the bound, nats, ``(batch,)``."""
-        return self.posterior.log_likelihood - self.elbo
 
 
 def quadrature(
@@ -127,10 +135,10 @@ def quadrature(
 
     .. math:: \log p(x) = \log \int p(x, z)\, dz
 
-    It needs no guide and draws nothing: an oracle for inference in nonlinear models. Other
-    latents may be discrete; they are summed out. Evaluation only: modules run in eval mode, no
-    gradient is kept, parameters are not touched, every scale (beta, subsampling) is ignored and
-    every mask kept. In a row where a mask hides the latent, z has its prior density.
+    It needs no guide, and random numbers do not matter to it: an oracle for inference in nonlinear
+    models. Other latents may be discrete; they are summed out. Evaluation only: modules run in
+    eval mode, no gradient is kept, parameters are not touched, every scale (beta, subsampling) is
+    ignored and every mask kept. In a row where a mask hides the latent, z has its prior density.
 
     Args:
         model: Any callable with Pyro statements whose sites share a plate over the data, and
@@ -151,8 +159,8 @@ def quadrature(
     Raises:
         TypeError: If ``num_points`` is no integer or ``grid`` no float tensor.
         ValueError: If ``num_points`` is below 9, ``tolerance`` not positive, or ``grid`` not an
-            ascending vector in the support; the data are empty, not finite or outside the
-            likelihood's support; there is not exactly one continuous latent, or it is not one
+            ascending vector in the support; the data are empty, not finite or impossible for
+            every z; there is not exactly one continuous latent, or it is not one
             number for each datum; a site lies outside the data plate; a log-density is not a
             number; the grid is too narrow or too coarse for ``tolerance``.
 
@@ -173,7 +181,7 @@ def quadrature(
     where = "quadrature"
     _check_settings(where, grid, num_points, tolerance)
     with without_side_effects(model):
-        prior, site = prior_pair(model, args, kwargs, where)
+        prior, site = prior_pair(within_support(model), args, kwargs, where)
         densities = ScalarDensities(prior, prior, site, where)
 
         def solve(points: Grid) -> tuple[GridPosterior, Errors]:
@@ -213,7 +221,8 @@ def quadrature_elbo(
     Raises:
         TypeError: As in :func:`quadrature`.
         ValueError: Likewise; and if the guide samples anything else, or from a point mass, or
-            does not fit the model, or the grid does not hold its density.
+            does not fit the model, or the grid does not hold its density, or its tails are so
+            heavy that the ELBO beyond the grid cannot be neglected.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -230,18 +239,24 @@ def quadrature_elbo(
     where = "quadrature_elbo"
     _check_settings(where, grid, num_points, tolerance)
     with without_side_effects(model, guide):
-        prior, site = prior_pair(model, args, kwargs, where)
+        shown = within_support(model)
+        prior, site = prior_pair(shown, args, kwargs, where)
         with refuse_subsampling(where):
-            pair = trace_pair(model, guide, args, kwargs, where)
+            pair = trace_pair(shown, guide, args, kwargs, where)
         refuse_point_mass(pair, where)
         check_guide_sites(pair, site["name"], where)
         densities = ScalarDensities(pair, prior, site, where)
 
+        bounds = bounds_of(site["fn"], where, site["name"])
+
         def solve(points: Grid) -> tuple[GridElbo, Errors]:
-            return _elbo(points, densities, site["name"])
+            return _elbo(points, densities, bounds, site["name"])
 
         def counts(z: torch.Tensor) -> list[torch.Tensor]:
-            return [densities.log_joint(z, strict=False), densities.log_guide(z, strict=False)]
+            log_joint, log_q = (
+                f(z, strict=False) for f in (densities.log_joint, densities.log_guide)
+            )
+            return [log_joint, log_q, log_q + (log_joint - log_q).abs().log()]
 
         return _solved(solve, counts, site, grid, num_points, tolerance, where)
 
@@ -263,26 +278,50 @@ def _posterior(grid: Grid, log_joint: torch.Tensor, site: str) -> tuple[GridPost
     """The result, and its errors by where they come from, ``(*batch,)``."""
     log_likelihood, coarse = grid.log_integral(log_joint), grid.log_integral(log_joint, every=2)
     errors = {
+        "impossible": torch.where(log_likelihood == -torch.inf, torch.inf, 0.0),
         "outside": (grid.log_tails(log_joint) - log_likelihood).exp().log1p(),
-        "between": torch.maximum((log_likelihood - coarse).abs(), grid.coarseness(log_joint)),
+        "between": torch.maximum(
+            (log_likelihood - coarse).abs() + grid.log_roughness(log_joint),
+            grid.coarseness(log_joint),
+        ),
     }
     error = errors["outside"] + errors["between"]
     weights = grid.weights()
     return GridPosterior(site, grid.points, weights, log_joint, log_likelihood, error), errors
 
 
-def _elbo(grid: Grid, densities: ScalarDensities, site: str) -> tuple[GridElbo, Errors]:
+def _elbo(
+    grid: Grid, densities: ScalarDensities, bounds: tuple[float, float], site: str
+) -> tuple[GridElbo, Errors]:
     log_joint, log_q = densities.log_joint(grid.points), densities.log_guide(grid.points)
-    posterior, errors = _posterior(grid, log_joint, site)
-    f = _expected(log_q, densities.log_ratio(grid.points, log_joint, log_q))
-    elbo, coarse = grid.integral(f), grid.integral(f, every=2)
-    # An ELBO of -inf is what it says.
-    change = torch.where(elbo == coarse, 0.0, (elbo - coarse).abs())
+    posterior, of_posterior = _posterior(grid, log_joint, site)
+    log_ratio = densities.log_ratio(grid.points, log_joint, log_q)
+    f = _expected(log_q, log_ratio)
+    beyond = densities.guide_goes_beyond(grid.points, bounds)
+    elbo = torch.where(beyond, -torch.inf, grid.integral(f))
     missed = (grid.integral(log_q.exp()) - 1).abs() + grid.log_tails(log_q).exp()
-    between = torch.maximum(change, grid.coarseness(log_q))
-    result = GridElbo(posterior, log_q, elbo, between + missed)
-    between = torch.maximum(errors["between"], between)
-    return result, {"outside": errors["outside"], "guide": missed, "between": between}
+    # An ELBO of -inf is what it says.
+    is_finite = elbo.isfinite()
+    f = torch.where(is_finite, f, 0.0)
+    change = torch.where(is_finite, (elbo - grid.integral(f, every=2)).abs(), 0.0)
+    size = torch.where(f != 0, log_ratio.abs(), 0.0)
+    scale = torch.where(f != 0, log_q.exp() * (1 + size) * (1 + log_joint.abs()), 0.0)
+    tail = grid.log_tails(log_q + size.log1p()).exp()
+    errors = {
+        "impossible": of_posterior["impossible"],
+        "outside": of_posterior["outside"],
+        "guide": torch.where(beyond, 0.0, missed),
+        "tail": torch.where(is_finite, tail, 0.0),
+        "between": torch.maximum(change + grid.roughness(f, scale), grid.coarseness(log_q)),
+    }
+    # A bound on log p(x), or where the latent is hidden on the same with q as the prior.
+    bounded = torch.where(
+        densities.is_hidden, grid.log_integral(log_ratio + log_q), posterior.log_likelihood
+    )
+    error = errors["between"] + errors["guide"] + errors["tail"]
+    errors["between"] = torch.maximum(of_posterior["between"], errors["between"])
+    result = GridElbo(posterior, log_q, elbo, bounded - elbo, error)
+    return result, errors
 
 
 def _solved(
@@ -307,8 +346,8 @@ def _solved(
         while True:
             points = coordinate.grid(start, stop, num)
             result, errors = solve(points)
-            between = torch.stack([e for name, e in errors.items() if name != "outside"])
-            if float(between.max()) <= tolerance or 2 * num > _MOST_POINTS:
+            between = torch.stack([e for n, e in errors.items() if n in ("between", "guide")])
+            if float(between.max()) <= tolerance or 2 * num - 1 > _MOST_POINTS:
                 break
             num = 2 * num - 1
     check_converged(where, points, errors, tolerance)
@@ -320,7 +359,8 @@ def _given(grid: torch.Tensor, site: Site, bounds: tuple[float, float], where: s
     points = grid.detach().to(site["value"]).to(torch.float64)
     check_grid_in_support(where, site["name"], points, bounds)
     gaps = float(points[0]) - bounds[0], bounds[1] - float(points[-1])
-    return Grid(points, points, torch.zeros_like(points), gaps)
+    eps = torch.finfo(site["value"].dtype).eps
+    return Grid(points, points, torch.zeros_like(points), gaps, eps)
 
 
 def _coordinate(site: Site, bounds: tuple[float, float], where: str) -> Coordinate:

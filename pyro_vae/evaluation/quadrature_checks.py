@@ -148,16 +148,26 @@ def check_converged(
     Args:
         where: The function that asks.
         grid: The grid.
-        errors: Nats, ``(*batch,)``: from what may lie "outside" the grid; "between" its points;
-            from a "guide" whose density the grid does not hold.
+        errors: Nats, ``(*batch,)``: of rows that are "impossible" for every z, which is infinite;
+            from what may lie "outside" the grid; "between" its points;
+            from a "guide" whose density the grid does not hold, and what the "tail" of the
+            integrand of the ELBO may have beyond it.
         tolerance: Nats.
     """
     first, last, num = float(grid.points[0]), float(grid.points[-1]), len(grid.points)
     of = f"a grid of {num} points from {first:g} to {last:g}"
     for what, error in errors.items():
-        largest = float(error.nan_to_num(torch.inf).max())
+        largest = float(error.nan_to_num(torch.inf, torch.inf).max())
         if largest <= tolerance:
             continue
+        if what == "impossible":
+            num_rows = int((error > 0).sum())
+            raise ValueError(
+                f"{where}: expected data that are possible for some value of the latent, got "
+                f"log p(x) = -inf in {num_rows} of {error.numel()} rows with {of}. Check that the "
+                "data are in the likelihood's support, or pass a grid=... where they have a "
+                "density."
+            )
         if what == "outside":
             raise ValueError(
                 f"{where}: expected a grid that holds all of p(x, z), got {of} that may lack "
@@ -168,6 +178,13 @@ def check_converged(
                 f"{where}: expected a grid that holds all of the guide's density, got {of} on "
                 f"which its integral is off by {largest:.2g}. Pass a grid=... that is wider, or "
                 "finer, or more num_points."
+            )
+        if what == "tail":
+            raise ValueError(
+                f"{where}: expected a guide whose tail adds nothing to the ELBO, got {of} beyond "
+                f"which it may add {largest:.2g} nats in some row. If the guide's tails are much "
+                "heavier than the prior's the ELBO may be -inf: choose lighter ones; otherwise "
+                "pass a wider grid=..., or a larger tolerance."
             )
         raise ValueError(
             f"{where}: expected an error of at most {tolerance:g} nats, got an estimate of "
