@@ -1,11 +1,12 @@
 """The common root of objectives that add to an ELBO what the guide's distributions carry."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
@@ -62,6 +63,7 @@ class AddedTermELBO(ELBO):
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """A 0-d tensor with the value of the negative bound and the gradient of training."""
+        self._guess_nesting(model, guide, args, kwargs)
         recorder, recorded = self._record(guide)
         bound: torch.Tensor = self.elbo.differentiable_loss(model, recorded, *args, **kwargs)
         total = bound.new_zeros(())
@@ -74,6 +76,13 @@ class AddedTermELBO(ELBO):
         of_ours = isinstance(self.elbo, Objective)  # These may have groups of particles.
         total = total / (self.elbo._total_particles if of_ours else self.elbo.num_particles)
         return bound + (total - total.detach())
+
+    def _guess_nesting(self, model: Program, guide: Program, args: Any, kwargs: Any) -> None:
+        """Lets an ELBO of Pyro that does not know its plates run the guide now, not recorded."""
+        elbo = self.elbo
+        guesses = elbo.vectorize_particles or isinstance(elbo, TraceEnum_ELBO)
+        if guesses and not isinstance(elbo, Objective) and elbo.max_plate_nesting == math.inf:
+            elbo._guess_max_plate_nesting(model, guide, args, kwargs)
 
     def _record(self, guide: Program) -> "tuple[_Recorder, Program]":
         """The guide under a recorder: the same program in every step, as objectives expect."""
