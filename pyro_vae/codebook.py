@@ -166,6 +166,8 @@ class Codebook(nn.Module):
         vectors = vectors.reshape(-1, self.code_dim)
         if self.decay is None or not self.training or not len(vectors):
             return
+        # Not in place: a program may have used the codes in a graph that is still to be walked.
+        self.vectors, self.running_counts = self.vectors.clone(), self.running_counts.clone()
         rate, codes = 1 - self.decay, self.vectors
         indices = self.nearest(vectors)
         counts = torch.zeros_like(self.running_counts)
@@ -181,6 +183,7 @@ class Codebook(nn.Module):
 
     def _revive(self, dead: torch.Tensor, even: torch.Tensor, vectors: torch.Tensor) -> None:
         """Puts codes that are hardly used at different vectors of the batch."""
+        vectors = vectors.unique(dim=0)
         drawn = torch.randperm(len(vectors), device=vectors.device)
         # Where codes outnumber vectors, the others wait: two at one place would be one code.
         number = dead.cumsum(0) - 1

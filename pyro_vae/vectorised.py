@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer import infer_discrete
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
-from torch.distributions import constraints
+from torch.distributions import TransformedDistribution, constraints
 
 from pyro_vae.checks import support_of
 from pyro_vae.elimination import ExactLogRing, with_dims
@@ -25,6 +25,7 @@ from pyro_vae.traces import (
     is_latent,
     is_point_mass,
     is_random,
+    layers,
     site_log_prob,
     sites_of,
 )
@@ -294,18 +295,30 @@ class NotFixedError(ValueError):
     """A program has two densities at the same latents."""
 
 
+def _is_unbounded(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (None, constraints.real)
+
+
 def check_support(where: str, site: Site) -> None:
     """Raises if the guide's value at a latent of the model has no density there.
 
     Where validation is off, torch returns finite densities outside the support.
     """
-    support = support_of(site["fn"])
-    base = support
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
-    if base in (None, constraints.real):
+    fn, value = site["fn"], site["value"]
+    support = support_of(fn)
+    if _is_unbounded(support):
+        # Torch says where the transforms end, whatever they start from: a shifted Exponential is
+        # real to it.
+        for layer in () if _is_unbounded(support_of(layers(fn)[-1])) else layers(fn):
+            if isinstance(layer, TransformedDistribution):
+                for transform in reversed(layer.transforms):
+                    value = transform.inv(value)
+                support = support_of(layer.base_dist)
+    if _is_unbounded(support):
         return
-    if not support.check(site["value"]).all():
+    if not support.check(value).all():
         raise OutsideSupportError(
             f"{where}: expected the guide to sample site '{site['name']}' in the support "
             f"{support} of the model, got values outside it. Use a guide distribution with the "

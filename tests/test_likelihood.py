@@ -1640,6 +1640,35 @@ def test_particles_without_density_count_as_zero() -> None:
     assert (estimate.elbo == -math.inf).all()
 
 
+@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize("event_dim", [0, 1])
+def test_a_guide_below_a_shifted_exponential(event_dim: int, validation: bool) -> None:
+    """Torch calls its support real, and gives densities to what lies below."""
+    shape = (2,) if event_dim else ()
+    shift = dist.transforms.AffineTransform(1.0, 2.0)
+    prior = dist.TransformedDistribution(dist.Exponential(torch.ones(shape)), [shift])
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior.to_event(event_dim))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(event_dim), obs=x)
+
+    def guide(x: torch.Tensor, least: float = 1.0) -> None:
+        wide = dist.TransformedDistribution(
+            dist.LogNormal(torch.zeros(shape), 1.0), [dist.transforms.AffineTransform(least, 2.0)]
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", wide.to_event(event_dim))
+
+    x = torch.ones(5, *shape)
+    with pyro.validation_enabled(validation):
+        inside = log_likelihood(model, guide, x, num_particles=20)
+        assert inside.log_likelihood.isfinite().all()
+        match = "expected the guide to sample site 'z' in the support .* of the model"
+        with pytest.raises(ValueError, match=match):
+            log_likelihood(model, lambda x: guide(x, -9.0), x, num_particles=20)
+
+
 @pytest.mark.parametrize("with_discrete", [False, True])
 @pytest.mark.parametrize("validation", [True, False])
 def test_a_guide_outside_the_models_support(with_discrete: bool, validation: bool) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from contracts import BATCH, Case, GuideContract, ModelContract, normal_x
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from pyro_vae import fit, importance_weighted_log_likelihood, latents
 from pyro_vae.code_distributions import CategoricalCodes, NearestCodes
 from pyro_vae.code_priors import AutoregressiveCodePrior, UniformCodePrior
 from pyro_vae.codebook import Codebook
-from pyro_vae.evaluation import elbo_terms
+from pyro_vae.evaluation import codebook_usage, elbo_terms
 from pyro_vae.guides import AmortizedNormal
 from pyro_vae.guides.codes import NearestCode
 from pyro_vae.likelihoods import Normal
@@ -183,6 +183,73 @@ def test_codebook_and_commitment_terms_in_closed_form(elbo: str, masked: bool) -
     expected.index_add_(0, nearest.flatten(), -2 * difference.reshape(-1, D))
     close(of_codes, expected)
     assert expected.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_grid_of_positions_is_the_same_codes(masked: bool) -> None:
+    """Two rows of positions as an event of more dimensions, against all of them side by side."""
+    start, x, weights = codebook(decay=0.5), torch.randn(5, 3), torch.randn(2 * N * D, 3)
+    encoded = torch.randn(5, 2 * N, D, requires_grad=True)
+    mask = torch.tensor([True, False, True, True, False]) if masked else torch.ones(5).bool()
+
+    def run(in_grid: bool) -> tuple[torch.Tensor, ...]:
+        codes, shape = copy.deepcopy(start), (2, N) if in_grid else (2 * N,)
+
+        def model(x: torch.Tensor) -> None:
+            prior = CategoricalCodes(codes, torch.zeros(*shape, K)).to_event(in_grid)
+            with pyro.plate("rows", 5), poutine.mask(mask=mask):
+                loc = pyro.sample("code", prior).flatten(1) @ weights
+                pyro.sample("y", pyro.distributions.Normal(loc, 0.7).to_event(1), obs=x)
+
+        def guide(x: torch.Tensor) -> None:
+            fn = NearestCodes(codes, encoded.unflatten(1, shape)).to_event(in_grid)
+            with pyro.plate("rows", 5), poutine.mask(mask=mask):
+                pyro.sample("code", fn)
+
+        encoded.grad = None
+        TraceVQ_ELBO(0.3).differentiable_loss(model, guide, x).backward()
+        counts = codebook_usage(guide, x).counts
+        return encoded.grad, codes.vectors, codes.running_counts, counts
+
+    assert not torch.equal(run(True)[1], start.vectors)
+    for first, second in zip(run(True), run(False), strict=True):
+        close(first, second)
+
+
+def test_an_enumerated_site_above_the_codes_is_refused() -> None:
+    """The term would count once for each of its values."""
+    p = Encoded()
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", 5):
+            pyro.sample("class", pyro.distributions.Categorical(torch.ones(2)))
+        p.model(x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", 5):
+            fn = pyro.distributions.Categorical(torch.ones(2))
+            y = pyro.sample("class", fn, infer={"enumerate": "parallel"})
+            shift = 0.1 * y[..., None, None]
+            pyro.sample("code", NearestCodes(p.codebook, p.encoded + shift))
+
+    objective = TraceVQ_ELBO(0.3, TraceEnum_ELBO(max_plate_nesting=1))
+    with pytest.raises(ValueError, match="'code' to depend on no enumerated site"):
+        objective.differentiable_loss(model, guide, torch.randn(5, 3))
+
+
+def test_codes_may_be_used_in_the_graph_of_a_step() -> None:
+    """They move before the gradient is taken, and the graph keeps what it was made of."""
+    codes = codebook(decay=0.5)
+    out = codes.vectors @ torch.ones(D, 1, requires_grad=True)
+    codes.update(torch.randn(7, D))
+    out.square().sum().backward()
+
+
+def test_dead_codes_are_revived_at_different_vectors() -> None:
+    codes = Codebook(6, D, decay=0.5, revive_below=0.5)
+    vectors = torch.randn(2, D)
+    codes.update(vectors.repeat(10, 1))
+    assert (torch.cdist(codes.vectors, vectors) == 0).sum(0).max() <= 2
 
 
 def test_subsampling_scales_the_terms() -> None:

@@ -93,6 +93,6 @@ def codebook_usage(
                 f"{where}: expected site '{codes.name}' to have codes of a codebook, got "
                 f"{type(fn).__name__}. Name another one with site=..., or use guides.NearestCode."
             )
-        value = codes.run()["value"].reshape(-1, *fn.event_shape)
+        value = codes.run()["value"].reshape(-1, *codes.fn.event_shape)
         indices = fn.indices_of(value[codes.kept])
     return CodebookUsage(torch.bincount(indices.flatten(), minlength=fn.codebook.num_codes))

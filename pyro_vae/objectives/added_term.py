@@ -87,7 +87,7 @@ class AddedTermELBO(ELBO):
     def _record(self, guide: Program) -> "tuple[_Recorder, Program]":
         """The guide under a recorder: the same program in every step, as objectives expect."""
         if self._recorded is None or self._recorded[0] != guide:
-            recorder = _Recorder(self._wanted)
+            recorder = _Recorder(self._wanted, type(self).__name__)
             self._recorded = guide, recorder, recorder(guide)
         _, recorder, recorded = self._recorded
         recorder.taken()  # What a run that failed has left.
@@ -104,9 +104,9 @@ class AddedTermELBO(ELBO):
 class _Recorder(Messenger):
     """Keeps the distributions that are wanted, with mask and scale, in all runs of a program."""
 
-    def __init__(self, wanted: Callable[[Any], bool]) -> None:
+    def __init__(self, wanted: Callable[[Any], bool], where: str) -> None:
         super().__init__()
-        self._wanted = wanted
+        self._wanted, self._where = wanted, where
         self._sites: list[tuple[Any, Any, Any]] = []
 
     def taken(self) -> list[tuple[Any, Any, Any]]:
@@ -117,7 +117,17 @@ class _Recorder(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         # Without gradients an objective takes its first look at a pair: that is no step.
         if torch.is_grad_enabled() and is_random(msg) and self._wanted(msg["fn"]):
-            scale: Any = subsampling(frames(msg))
+            plates = frames(msg)
+            nesting = max((-plate.dim for plate in plates), default=0)
+            shape = msg["fn"].batch_shape
+            if any(size > 1 for size in shape[: len(shape) - nesting]):
+                raise ValueError(
+                    f"{self._where}: expected site '{msg['name']}' to depend on no enumerated "
+                    f"site, got batch shape {tuple(shape)} in {nesting} plate dimensions, so that "
+                    "its term would count once for each value. Sample the other site, without "
+                    "enumeration."
+                )
+            scale: Any = subsampling(plates)
             # Not the scale of the site: in that the beta of scale_kl counts, which may be zero.
             for handler in _PYRO_STACK:
                 if isinstance(handler, ScaleMessenger):

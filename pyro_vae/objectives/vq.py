@@ -6,6 +6,7 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.messenger import Messenger
+from torch.distributions import Independent
 
 from pyro_vae.code_distributions import NearestCodes
 from pyro_vae.codebook import Codebook
@@ -96,6 +97,9 @@ class TraceVQ_ELBO(AddedTermELBO):
     def _term(self, fn: Any) -> torch.Tensor:
         if isinstance(fn, MaskedDistribution):
             return masked(self._term(fn.base_dist), fn._mask)
+        if isinstance(fn, Independent):  # A grid of positions.
+            inner = self._term(fn.base_dist)
+            return inner.flatten(len(fn.batch_shape)).sum(-1)
         weight = check_weight("TraceVQ_ELBO", "commitment_cost", self.commitment_cost)
         codes, encoded = fn.codes, fn.encoded
         of_codebook = (encoded.detach() - codes).square()
@@ -105,8 +109,8 @@ class TraceVQ_ELBO(AddedTermELBO):
 
 
 def _nearest(fn: Any) -> NearestCodes | None:
-    """The nearest codes of a distribution, perhaps masked; ``None`` for any other."""
-    while isinstance(fn, MaskedDistribution):
+    """The nearest codes of a distribution, perhaps masked or reshaped; ``None`` for any other."""
+    while isinstance(fn, MaskedDistribution | Independent):
         fn = fn.base_dist
     return fn if isinstance(fn, NearestCodes) else None
 
@@ -126,5 +130,7 @@ class _Assigned(Messenger):
         encoded = fn.encoded.detach().expand(*fn.batch_shape, *fn.event_shape)
         mask = mask_of(msg)
         if mask is not None:
+            outer = msg["fn"].batch_shape
+            mask = mask.expand(outer).reshape(outer + (1,) * (len(fn.batch_shape) - len(outer)))
             encoded = encoded[mask.expand(fn.batch_shape)]
         self.vectors.setdefault(fn.codebook, []).append(encoded.reshape(-1, encoded.shape[-1]))
