@@ -37,7 +37,9 @@ class AmortizedAutoGuide(Program):
 
     - ``"mean-field"``: no parents; sites run in the model's order.
     - ``"inverse"``: the parents that variable elimination gives (Webb et al. 2018), so that the
-      guide asserts no independence which the posterior lacks. From z3 -> z2 -> z1 -> x it makes
+      guide asserts no independence between sites which the posterior lacks. Values of one site
+      side by side in further plates of a row are independent given its parents, in both
+      structures; ``full_covariance`` is of one value. From z3 -> z2 -> z1 -> x it makes
       q(z1 | x) q(z2 | z1, x) q(z3 | z2, x); from a state-space model, a smoother that runs
       backwards. It samples against the model's order: ``TraceMeanField_ELBO`` is not valid.
 
@@ -51,8 +53,9 @@ class AmortizedAutoGuide(Program):
     The heads are made at the first call, in the dtype and on the device of the features, or from
     ``example``. The model's sites, shapes, supports and plates have to be the same at every call,
     but for the rows of the data plate. They are read again, in one run of the model, when the
-    arguments change shape; that a support changes with the parameters shows only in the
-    densities. The model is run in eval mode, without gradients, and random numbers are put back.
+    arguments change shape, or a single number among them its value (of a schedule, at every
+    call); that a support changes with larger tensors or parameters shows only in the densities.
+    The model is run in eval mode, without gradients, and random numbers are put back.
 
     Args:
         model: Any callable with Pyro statements.
@@ -81,9 +84,10 @@ class AmortizedAutoGuide(Program):
             makes no autoguide.
         ValueError: If ``structure`` is unknown; when heads are made, if the model has no latents,
             no data, or no single plate around them; a latent is discrete and not enumerated, a
-            point mass, or has a support that moves, differs between rows, or is not known to
-            torch; sites hang on random values; later, if the model has changed its structure, or
-            the features are not finite or not one row for each row of the data.
+            point mass or an angle, or has a support that moves, differs between rows, is claimed
+            wider than it is, or is not known to torch; sites hang on random values; later, if the
+            model has changed its structure, or the features are not finite or not one row for
+            each row of the data.
 
     Example:
         >>> import pyro.distributions as dist
@@ -174,7 +178,8 @@ class AmortizedAutoGuide(Program):
                 site = structure.shared.get(parent) or structure.local[parent]
                 real = to_support(site.support).inv(values[parent])
                 event_dim = len(site.unconstrained_shape)
-                inputs.append(rows_of(real, event_dim, structure.nesting, data.dim))
+                dim = None if parent in structure.shared else data.dim
+                inputs.append(rows_of(real, event_dim, structure.nesting, dim))
             values[name] = self._sample(name, head(inputs), plates, masks.get(name))
         return values
 

@@ -66,15 +66,15 @@ def check_rows(where: str, features: torch.Tensor, data: DataPlate) -> None:
 
 
 def form_of(args: Any, kwargs: Any, features: torch.Tensor) -> Hashable:
-    """What of the arguments may change sites and sizes: no floats, nor values of tensors."""
+    """What of the arguments may change sites, sizes and supports: of tensors, single numbers."""
     leaves, tree = tree_flatten((args, kwargs))
     return (
         len(features),
         str(tree),
         tuple(
-            tuple(leaf.shape)
+            (tuple(leaf.shape), leaf.item() if leaf.dim() == 0 else None)
             if isinstance(leaf, torch.Tensor)
-            else (type(leaf), leaf if isinstance(leaf, int | str | None) else None)
+            else (type(leaf), leaf if isinstance(leaf, int | float | str | None) else None)
             for leaf in leaves
         ),
     )

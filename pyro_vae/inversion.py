@@ -61,7 +61,8 @@ def faithful_inverse(
     Variable elimination is simulated on the moralised graph: a latent goes when those above it in
     the model are gone, among several the one that adds the fewest edges. What it then still
     touches are its parents in the guide, which samples in the reverse order. So the guide asserts
-    no independence that the model's posterior lacks. The data are parents of all.
+    no independence between latents that the model's posterior lacks; of values of one latent side
+    by side in a plate nothing is said here. The data are parents of all.
 
     A latent that a row has many of, one for each word of a text, goes before those that it has
     one of: given these its values may be independent, which they are not once these are gone.

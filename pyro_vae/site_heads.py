@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from pyro_vae.flows import ExactFlow
 from pyro_vae.nets import MLP, MultivariateNormalEncoder, NormalEncoder
 from pyro_vae.structure import LatentSite, ModelStructure
+from pyro_vae.structure_checks import is_real
 
 __all__ = ["SiteHead", "rows_of", "to_support"]
 
@@ -68,7 +69,7 @@ class SiteHead(nn.Module):
             q = dist.Normal(loc, scale).to_event(len(shape))
         elif q.event_shape != shape:
             transforms.append(dist.transforms.ReshapeTransform(q.event_shape, shape, cache_size=1))
-        if not _is_real(support):
+        if not is_real(support):
             transforms.append(to_support(support).with_cache(1))
         return ExactFlow(q, transforms) if transforms else q
 
@@ -94,18 +95,20 @@ class _Plated(nn.Module):
         return out if leading else out.reshape(out.shape[self._nesting - self._own_nesting :])
 
 
-def rows_of(value: torch.Tensor, event_dim: int, nesting: int, dim: int) -> torch.Tensor:
+def rows_of(value: torch.Tensor, event_dim: int, nesting: int, dim: int | None) -> torch.Tensor:
     """All numbers of a value that belong to a row, ``(*sample, batch, width)``.
 
     Args:
         value: ``(*sample, *plates, *event)``, or with plate dimensions of size 1 left out.
         event_dim: How many dimensions an event has.
         nesting: How many the plates take.
-        dim: The negative one of the data.
+        dim: The negative one of the data; ``None`` for values that all rows share.
     """
     missing = nesting + event_dim - value.dim()
     value = value.reshape((1,) * missing + value.shape)
     leading = value.dim() - nesting - event_dim
+    if dim is None:
+        return value.reshape(*value.shape[:leading], 1, -1)
     value = value.movedim(dim - event_dim, leading)
     return value.reshape(*value.shape[: leading + 1], -1)
 
@@ -148,9 +151,3 @@ class _LogRatio(Transform):
 def _num_values(site: LatentSite, structure: ModelStructure) -> int:
     """How many values of a site belong to a row."""
     return math.prod(plate.size for plate in site.plates if plate.name != structure.data.name)
-
-
-def _is_real(support: Any) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return isinstance(support, type(constraints.real))

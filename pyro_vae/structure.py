@@ -24,6 +24,7 @@ from pyro_vae.structure_checks import (
     check_shared,
     check_whole,
     choose_plate,
+    plain_support,
     raise_per_row,
     raise_without_bijection,
 )
@@ -256,29 +257,51 @@ def _read(
 def _latent(site: Site, dim: int | None, where: str) -> LatentSite:
     """A latent, whose support is that of a single row of dimension ``dim``."""
     fn, name = site["fn"], site["name"]
-    support: Any = support_of(fn)
-    if dim is not None:
-        support = _of_a_row(support, dim - fn.event_dim, name, where)
+    whole: Any = plain_support(support_of(fn))
     try:
-        shape = biject_to(support).inverse_shape(fn.event_shape)
+        biject_to(whole)
     except NotImplementedError as err:
-        raise_without_bijection(name, support, where, err)
+        raise_without_bijection(name, whole, where, err)
+    support = _of_a_row(whole, fn.event_dim, dim, name, where)
+    shape = biject_to(_of_one_value(support, fn.event_dim)).inverse_shape(fn.event_shape)
     masked, shape = mask_of(site) is not None, torch.Size(shape)
     return LatentSite(name, frames(site), fn.event_shape, support, shape, masked)
 
 
-def _of_a_row(support: Any, axis: int, name: str, where: str) -> Any:
-    """A support whose numbers have one row only, where they had one for each."""
+def _of_a_row(support: Any, event_dim: int, dim: int | None, name: str, where: str) -> Any:
+    """A support whose numbers have one row only, and one value where all of a plate are equal."""
+
+    def reduced(value: torch.Tensor) -> torch.Tensor:
+        for axis in range(-value.dim(), -event_dim):
+            first = value.narrow(axis, 0, 1)
+            if bool((value == first).all()):
+                value = first
+            elif dim is not None and axis == dim - event_dim:
+                raise_per_row(name, support, where)
+        while value.dim() > event_dim and value.shape[0] == 1:
+            value = value[0]
+        return value.clone()
+
+    return _with_numbers(support, reduced)
+
+
+def _of_one_value(support: Any, event_dim: int) -> Any:
+    """A support whose numbers are those of the first value of all plates."""
+
+    def first(value: torch.Tensor) -> torch.Tensor:
+        while value.dim() > event_dim:
+            value = value[0]
+        return value
+
+    return _with_numbers(support, first)
+
+
+def _with_numbers(support: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A support with its tensors changed."""
     result = copy(support)
     for key, value in vars(support).items():
         if isinstance(value, Constraint):
-            setattr(result, key, _of_a_row(value, axis, name, where))
+            setattr(result, key, _with_numbers(value, change))
         elif isinstance(value, torch.Tensor):
-            value = value.detach()
-            if value.dim() >= -axis:
-                row = value.narrow(axis, 0, 1)
-                if not bool((value == row).all()):
-                    raise_per_row(name, support, where)
-                value = row.clone()
-            setattr(result, key, value)
+            setattr(result, key, change(value.detach()))
     return result

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import pyro.distributions as dist
 import torch
-from torch.distributions.constraints import Constraint
+from torch.distributions import TransformedDistribution, VonMises, constraints
+from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
 
+from pyro_vae.checks import support_of
 from pyro_vae.traces import Plate, Site, frames, is_point_mass, mask_of, masks_elements
 
 __all__ = [
@@ -15,6 +18,8 @@ __all__ = [
     "check_shared",
     "check_whole",
     "choose_plate",
+    "is_real",
+    "plain_support",
     "raise_per_row",
     "raise_without_bijection",
 ]
@@ -101,11 +106,79 @@ def check_can_amortize(site: Site, where: str) -> None:
             "that. Pass infer={'enumerate': 'parallel'} to its pyro.sample, or wrap the model "
             "in pyro.infer.config_enumerate, and train with TraceEnum_ELBO."
         )
+    parts = _parts(fn)
+    circular = [part for part in parts if isinstance(part, VonMises | dist.SineBivariateVonMises)]
+    if circular:
+        # Beyond a turn the density starts again: a bound over the reals would exceed log p(x).
+        raise ValueError(
+            f"{where}: expected latents with a density on their whole support, got angles with "
+            f"the periodic density of {type(circular[0]).__name__}, which does not integrate to "
+            f"one over the reals, at site '{name}'. Sample a pair of normals and take its angle "
+            "with torch.atan2, or write a guide with dist.VonMises by hand."
+        )
+    for part in parts:
+        if isinstance(part, TransformedDistribution) and _claims_too_much(part):
+            base = type(part.base_dist).__name__
+            raise ValueError(
+                f"{where}: expected latents that know their support, got {part.support} at site "
+                f"'{name}', of a TransformedDistribution whose transforms are said to start from "
+                f"the reals, though its base has support {part.base_dist.support} ({base}). "
+                "Transform the value instead of the distribution, or give a subclass of it the "
+                "property `support`."
+            )
     if masks_elements(site):
         raise ValueError(
             f"{where}: expected a mask over whole values of site '{name}', got one over the "
             "elements of its events. Use pyro.poutine.mask, or make the elements a plate."
         )
+
+
+def is_real(support: Any) -> bool:
+    """Whether a support holds all real numbers."""
+    while isinstance(support, constraints.independent | MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    return isinstance(support, type(constraints.real))
+
+
+def plain_support(support: Any) -> Any:
+    """A support that mixtures share with their components, where these have one of them all."""
+    if isinstance(support, constraints.independent):
+        base = plain_support(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    if not isinstance(support, MixtureSameFamilyConstraint):
+        return support
+    base = plain_support(support.base_constraint)
+    return support if _has_tensors(base) else base
+
+
+def _has_tensors(support: Constraint) -> bool:
+    """Whether the numbers of a support have dimensions, such as that of components."""
+    values = vars(support).values()
+    return any(
+        _has_tensors(value)
+        if isinstance(value, Constraint)
+        else isinstance(value, torch.Tensor) and value.dim() > 0
+        for value in values
+    )
+
+
+def _parts(fn: Any) -> list[Any]:
+    """A distribution, and those that it is made of."""
+    names = ("base_dist", "component_distribution", "component0", "component1")
+    inner = [getattr(fn, name) for name in names if getattr(fn, name, None) is not None]
+    return [fn, *(part for one in inner for part in _parts(one))]
+
+
+def _claims_too_much(fn: TransformedDistribution) -> bool:
+    """Whether transforms of all reals are applied to a part of them, and their codomain named."""
+    if type(fn).support is not TransformedDistribution.support:
+        return False  # A class of its own, which knows.
+    support: Any = support_of(fn.base_dist)
+    for transform in fn.transforms:
+        if is_real(transform.domain) and not (support is None or is_real(support)):
+            return True
+        support = transform.codomain
+    return False
 
 
 def check_batch_shape(site: Site, where: str) -> None:

@@ -436,6 +436,46 @@ def test_plates_within_the_data(across: bool, structure: str) -> None:
             )
 
 
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("num_dims", [0, 1])
+def test_bounds_along_a_plate_within_the_data(num_dims: int, across: bool) -> None:
+    """log q is that of a change of variables with the bounds of each word."""
+    dims = (-1, -2) if across else (-2, -1)
+
+    def model(x: torch.Tensor) -> None:
+        rows = pyro.plate("texts", 4, dim=dims[0])
+        words = pyro.plate("words", 3, dim=dims[1])
+        high = torch.arange(1.0, 4.0).expand(4, 3)
+        high = high.T if across else high
+        shape = (*high.shape, *(2,) * num_dims)
+        high = high.reshape(*high.shape, *(1,) * num_dims).expand(shape)
+        with rows:
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            with words:
+                u = pyro.sample("u", dist.Uniform(torch.zeros(()), high).to_event(num_dims))
+                loc = z + (u.sum(-1) if num_dims else u)
+                pyro.sample("x", dist.Normal(loc, 1.0), obs=x.T if across else x)
+
+    x = torch.rand(4, 3)
+    guide = make(model, (x,), structure="inverse", plate="texts")
+    assert guide.parents == {"u": (), "z": ("u",)} or guide.parents == {"z": (), "u": ("z",)}
+    trace = traced(guide, x)
+    site = trace.nodes["u"]
+    top = torch.arange(1.0, 4.0)
+    top = top[:, None] if across else top
+    top = top[..., None] if num_dims else top
+    share = site["value"] / top
+    assert ((share > 0) & (share < 1)).all()
+    base = site["fn"].base_dist
+    log_prob = base.log_prob(torch.logit(share))
+    jacobian = (top * share * (1 - share)).log()
+    log_prob = log_prob - (jacobian.sum(-1) if num_dims else jacobian)
+    torch.testing.assert_close(site["log_prob"], log_prob)
+    assert site["value"].shape[:2] == ((3, 4) if across else (4, 3))
+    how: Any = {"num_particles": 7, "vectorize_particles": True, "max_plate_nesting": 2}
+    assert math.isfinite(Trace_ELBO(**how).loss(model, guide, x))
+
+
 def test_values_side_by_side_in_a_plate_are_given_what_they_share() -> None:
     """Once the mean of a row is gone its values depend on one another: it has to come first."""
 
@@ -636,6 +676,34 @@ def test_latents_that_all_data_share() -> None:
     vectorised = Trace_ELBO(num_particles=7, vectorize_particles=True, max_plate_nesting=1)
     loss = vectorised.loss(shared_mean, guide, x)
     torch.testing.assert_close(torch.tensor(-loss), expected, rtol=0, atol=1e-10)
+
+
+def clustered(x: torch.Tensor) -> None:
+    """Two plates side by side, at the same dimension."""
+    with pyro.plate("clusters", 4):
+        centre = pyro.sample("centre", dist.Uniform(torch.zeros(4), torch.arange(1.0, 5.0)))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(centre.sum(-1, keepdim=True), 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x[:, 0])
+
+
+def test_shared_latents_in_a_plate_beside_that_of_the_data() -> None:
+    x = normal_x(BATCH)
+    guide = make(clustered, (x,), structure="inverse")
+    assert guide.parents == {"z": ("centre",)}
+    weights = guide.heads[0].encoder.net.net[-1].weight
+    assert weights.shape == (2, 4 + 4)
+    with torch.no_grad():
+        weights[0, :4] = 0
+        weights[0, 4:] = 1
+    trace = traced(guide, x)
+    centre = trace.nodes["centre"]["value"]
+    assert centre.shape == (4,)
+    real = torch.logit(centre / torch.arange(1.0, 5.0))
+    loc = trace.nodes["z"]["fn"].mean - guide.heads[0].encoder.net.net[-1].bias[0]
+    torch.testing.assert_close(loc, real.sum().expand(BATCH))
+    how: Any = {"num_particles": 7, "vectorize_particles": True, "max_plate_nesting": 1}
+    assert math.isfinite(Trace_ELBO(**how).loss(clustered, guide, x))
 
 
 def test_another_guide_for_shared_latents() -> None:
@@ -916,3 +984,29 @@ def test_a_model_that_changes_with_its_arguments() -> None:
     nested.encoder = nested_again
     with pytest.raises(ValueError, match="same plates around site '.*' in all arguments, got siz"):
         nested(torch.cat([counted(4), counted(4)], 1))
+
+
+def limited(x: torch.Tensor, high: Any) -> None:
+    with pyro.plate("patients", len(x)):
+        z = pyro.sample("z", dist.Uniform(0.0, high))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_bounds_that_change_with_an_argument(number: Callable[[float], Any]) -> None:
+    x = normal_x(BATCH)
+    guide = AmortizedAutoGuide(limited, Ignoring(), example=(x, number(1.0)))
+    guide(x, number(1.0))
+    with pytest.raises(ValueError, match=r"site 'z' to have one support, got .* in two arguments"):
+        guide(x, number(10.0))
+
+
+def test_a_size_in_a_tensor() -> None:
+    def model(x: torch.Tensor, size: torch.Tensor) -> None:
+        with pyro.plate("patients", int(size), subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    x = normal_x(BATCH)
+    guide = AmortizedAutoGuide(model, Ignoring(), example=(x, torch.tensor(10)))
+    assert traced(guide, x, torch.tensor(40)).nodes["z"]["scale"] == 40 / BATCH

@@ -301,7 +301,61 @@ def test_bounds_that_were_expanded_are_those_of_a_row() -> None:
         normal("x", u.sum(-1), obs=x[:, 0])
 
     support = structure_of(model).local["u"].support.base_constraint
-    torch.testing.assert_close(support.upper_bound, torch.tensor([[1.0, 3.0]]))
+    torch.testing.assert_close(support.upper_bound, torch.tensor([1.0, 3.0]))
+
+
+BOUNDS: dict[str, tuple[Callable[[int], Any], tuple[int, ...]]] = {
+    "interval": (lambda n: dist.Uniform(-torch.ones(n), torch.ones(n)), ()),
+    "half-line": (lambda n: dist.Pareto(torch.ones(n), torch.ones(n)), ()),
+    "vector": (lambda n: dist.Uniform(torch.zeros(n, 3), torch.ones(n, 3)).to_event(1), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_of_every_row_are_those_of_one_value(name: str) -> None:
+    fn, shape = BOUNDS[name]
+    site = structure_of(local(lambda x: fn(len(x)))).local["odd"]
+    assert site.unconstrained_shape == site.event_shape == shape
+
+
+def test_bounds_that_vary_along_a_plate_within_a_row() -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("texts", len(x), dim=-2):
+            normal("z")
+            with pyro.plate("words", 2, dim=-1):
+                high = torch.tensor([1.0, 3.0]).expand(len(x), 2)
+                pyro.sample("u", dist.Uniform(torch.zeros(len(x), 2), high))
+                normal("x", obs=x)
+
+    site = structure_of(model).local["u"]
+    torch.testing.assert_close(site.support.upper_bound, torch.tensor([[1.0, 3.0]])[0])
+    assert site.support.lower_bound.shape == site.unconstrained_shape == ()
+
+
+def test_mixtures_have_the_support_of_their_components() -> None:
+    def mixed(base: Any) -> Any:
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), base)
+
+    for base, shape in (
+        (dist.Normal(torch.zeros(2), 1.0), ()),
+        (dist.Gamma(torch.ones(2), 1.0), ()),
+        (dist.Normal(torch.zeros(2, 3), 1.0).to_event(1), (3,)),
+    ):
+        site = structure_of(local(lambda x, base=base: mixed(base))).local["odd"]
+        assert site.unconstrained_shape == shape
+        assert str(site.support) == str(base.support)
+
+
+def test_transformed_distributions_that_know_their_support() -> None:
+    base = dist.Normal(torch.tensor(0.0), 1.0)
+    for fn in (
+        dist.TransformedDistribution(base, [dist.transforms.AffineTransform(1.0, 2.0)]),
+        dist.TransformedDistribution(base, [dist.transforms.ExpTransform()]),
+        dist.Gumbel(torch.tensor(0.0), 1.0),
+        dist.Weibull(torch.tensor(1.0), 1.0),
+        dist.HalfCauchy(torch.tensor(1.0)),
+    ):
+        assert "odd" in structure_of(local(lambda x, fn=fn: fn)).local
 
 
 def test_reading_leaves_no_trace() -> None:
@@ -456,6 +510,39 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
         "biject_to knows, got .* at site 'odd'",
     ),
     "elements masked": (local(half_masked), "whole values of site 'odd', got one over the elem"),
+    "angle": (
+        local(lambda x: dist.VonMises(torch.zeros(2), 1.0).to_event(1)),
+        "whole support, got angles .* VonMises, .* at site 'odd'.*atan2",
+    ),
+    "two angles": (
+        local(lambda x: dist.SineBivariateVonMises(0.0, 0.0, 2.0, 2.0, correlation=0.1)),
+        "whole support, got angles .* SineBivariateVonMises, .* at site 'odd'",
+    ),
+    "moved angle": (
+        local(
+            lambda x: dist.TransformedDistribution(
+                dist.VonMises(torch.tensor(0.0), 1.0), [dist.transforms.AffineTransform(1.0, 2.0)]
+            )
+        ),
+        "whole support, got angles .* at site 'odd'",
+    ),
+    "moved half-line": (
+        local(
+            lambda x: dist.TransformedDistribution(
+                dist.Exponential(torch.tensor(1.0)), [dist.transforms.AffineTransform(1.0, 2.0)]
+            )
+        ),
+        r"know their support, got Real\(\) at site 'odd'.*Exponential",
+    ),
+    "components of other supports": (
+        local(
+            lambda x: dist.MixtureSameFamily(
+                dist.Categorical(torch.ones(2)),
+                dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])),
+            )
+        ),
+        "biject_to knows, got .* at site 'odd'",
+    ),
     "support of a row": (
         local(lambda x: dist.Uniform(0.0, 1 + x[:, 0].abs())),
         "site 'odd' to have the same support in all rows",
