@@ -65,6 +65,27 @@ def test_linear_autoencoder_on_digits() -> None:
     torch.testing.assert_close(error, values[10:].sum(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("latent_dim", [2, 3, 5])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_columns_in_units_far_apart(latent_dim: int, noise: float) -> None:
+    scale = torch.tensor([1e4, 1e2, 1.0, 0.1, 1e-2, 5e-3])
+    x = torch.randn(200, 6) * scale
+    fit = linear_autoencoder(x, latent_dim, noise=noise)
+    values = torch.linalg.svdvals(x - x.mean(0)).square() / 200
+    kept = values[:latent_dim]
+    expected = values[latent_dim:].sum() + (kept * noise**2 / (kept + noise**2)).sum()
+    torch.testing.assert_close(fit.losses[-1], expected, rtol=1e-8, atol=0)
+
+
+def test_too_few_steps_are_reported() -> None:
+    x = correlated()
+    with pytest.warns(
+        UserWarning, match=r"linear_autoencoder: .* excess of \d.*\. Standardise .* num_steps"
+    ):
+        fit = linear_autoencoder(x, 2, num_steps=1)
+    assert fit.losses[-1] > (1 + 1e-6) * spectrum(x)[0][2:].sum()
+
+
 def test_every_start_ends_in_the_same_subspace() -> None:
     x = correlated()
     first, second = (linear_autoencoder(x, 2).decoder.weight for _ in range(2))

@@ -149,6 +149,13 @@ def test_dtype_is_that_of_the_network(dtype: torch.dtype, num_components: int | 
     torch.testing.assert_close(made.log_prob(x.double()), made.log_prob(x))
 
 
+@pytest.mark.parametrize("num_components", [None, 2])
+def test_bool_data(num_components: int | None) -> None:
+    x = binary_vectors(3)
+    made = scrambled(MADE(3, [4], num_components=num_components))
+    assert torch.equal(made.log_prob(x.bool()), made.log_prob(x))
+
+
 def test_state_dict_holds_the_units() -> None:
     made, other = (scrambled(MADE(3, [4], num_components=2)) for _ in range(2))
     made.scale.mul_(3.0)
@@ -213,6 +220,15 @@ def test_sampling_is_without_dropout_and_leaves_the_mode() -> None:
     made.eval()
     torch.manual_seed(1)
     assert torch.equal(made.sample(4), x)
+
+
+def test_sample_checks_the_number() -> None:
+    made = MADE(3, [4])
+    assert made.sample(0).shape == (0, 3)
+    with pytest.raises(ValueError, match="MADE: expected `num_samples` of at least 0, got -1"):
+        made.sample(-1)
+    with pytest.raises(TypeError, match="MADE: expected an integer `num_samples`, got float"):
+        made.sample(2.5)  # type: ignore[arg-type]
 
 
 # Training.
@@ -292,9 +308,21 @@ def test_fit_in_the_dtype_of_the_network(dtype: torch.dtype) -> None:
 
 
 def test_data_far_from_zero_keep_their_digits_in_a_float32_network() -> None:
-    x = torch.randn(100, 2) + 2.0**24  # Where float32 knows even integers only.
-    fit = fit_made(x, MADE(2, [4], num_components=2).float(), num_epochs=3)
+    x = torch.randn(100, 1) + 2.0**19  # Where float32 knows multiples of 1/16 only.
+    fit = fit_made(x, MADE(1, [], num_components=2).float(), num_epochs=3)
+    assert len(x.float().unique()) < 80
     assert len(fit.log_prob(x).unique()) > 90
+
+
+def test_data_whose_spread_the_network_cannot_hold_are_refused() -> None:
+    x = torch.randn(100, 2)
+    x[:, 1] += 1e8
+    made = MADE(2, [4], num_components=2).float()
+    with pytest.raises(ValueError, match=r"fit_made: .* of torch.float32 .* from zero at \[1\]"):
+        fit_made(x, made, num_epochs=3)
+    assert torch.equal(made.loc, torch.zeros(2).float())
+    samples = fit_made(x, made.double(), num_epochs=3).sample(1000)
+    assert 0.3 < samples[:, 1].std() < 3.0
 
 
 def test_binary_data_are_not_standardised() -> None:

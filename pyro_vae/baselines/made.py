@@ -94,7 +94,7 @@ class MADE(nn.Module):
         """Compute the exact log-density, or log-probability of binary data, with gradients.
 
         Args:
-            x: Shape ``(N, D)``, any real dtype; binary data hold 0 and 1.
+            x: Shape ``(N, D)``, any real dtype or bool; binary data hold 0 and 1.
 
         Returns:
             Shape ``(N,)``, nats, in the dtype of the network.
@@ -103,6 +103,8 @@ class MADE(nn.Module):
             ValueError: If the shape does not fit, or a value is not finite or not binary.
         """
         self._check(x)
+        if x.dtype == torch.bool:  # From which torch subtracts nothing.
+            x = x.to(self.loc.dtype)
         # In the precision of the data: far from zero, float32 would round the differences away.
         x = ((x.to(self.loc.device) - self.loc) / self.scale).to(self.loc.dtype)
         return self._conditionals(self.net(x)).log_prob(x).sum(-1) - self.scale.log().sum()
@@ -112,11 +114,17 @@ class MADE(nn.Module):
         """Draw new data, one variable after the other, with the network in eval mode.
 
         Args:
-            num_samples: Number of rows n.
+            num_samples: Number of rows n, from 0.
 
         Returns:
             Shape ``(n, D)``, in the dtype of the network.
+
+        Raises:
+            TypeError: If ``num_samples`` is no integer.
+            ValueError: If it is negative.
         """
+        fix = "Pass the number of rows to draw."
+        check_integer(num_samples, "num_samples", 0, None, "MADE", fix)
         x = self.loc.new_zeros(num_samples, self.net.num_variables)
         with evaluation_mode(self):
             for index in range(self.net.num_variables):
@@ -182,7 +190,8 @@ def fit_made(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the data are no finite matrix as wide as ``made``, are not binary although
-            it is, or have a constant column although it is not; if a setting is out of range.
+            it is, or have a constant column although it is not, or one so far from zero that the
+            dtype of ``made`` does not resolve its spread; if a setting is out of range.
         FloatingPointError: If the loss of a batch, or of the rows set apart, is not finite.
 
     Example:
@@ -241,5 +250,15 @@ def _standardise(made: MADE, rows: Tensor, where: str) -> None:
             f"constant ones at {constant}, where a density is unbounded. Leave them out, or add "
             "the noise that dequantises them."
         )
-    made.loc.copy_(rows.mean(0))
-    made.scale.copy_(rows.std(0, correction=0))
+    loc, scale = rows.mean(0), rows.std(0, correction=0)
+    dtype = made.loc.dtype
+    coarse = torch.finfo(dtype).eps * loc.abs() > 0.1 * scale
+    if bool(coarse.any()):
+        columns = coarse.nonzero().flatten().tolist()
+        raise ValueError(
+            f"{where}: expected columns of `x` whose standard deviation is well above the rounding "
+            f"error of {dtype} at their mean, got means too far from zero at {columns}. Subtract "
+            "an offset from them, or use made.double()."
+        )
+    made.loc.copy_(loc)
+    made.scale.copy_(scale)
