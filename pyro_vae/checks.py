@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, constraints
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.traces import layers
@@ -25,6 +25,7 @@ __all__ = [
     "explained",
     "refuse_subsampling",
     "support_of",
+    "support_of_numbers",
 ]
 
 NOT_FINITE_FIX = (
@@ -139,6 +140,13 @@ def support_of(fn: Any) -> Any:
         return fn.support
     except NotImplementedError:
         return None
+
+
+def support_of_numbers(support: Any) -> Any:
+    """What a support says of single numbers, or of a component, where it wraps another one."""
+    while isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    return support
 
 
 def _check_finite(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import Distribution, Transform, constraints
 
-from pyro_vae.checks import support_of
+from pyro_vae.checks import support_of, support_of_numbers
 from pyro_vae.isolation import without_side_effects
 
 __all__ = [
@@ -18,8 +18,6 @@ __all__ = [
     "check_real",
     "check_transforms",
 ]
-
-_WRAPPERS = constraints.independent, constraints.MixtureSameFamilyConstraint
 
 
 def check_pseudo_inputs(inputs: Any, limits: tuple[float, float] | None) -> None:
@@ -130,8 +128,7 @@ def check_real(site: str, fn: Any) -> None:
     support: Any = support_of(fn)
     if support is None:  # Zuko's flows declare none.
         support = None if (base := getattr(fn, "base", None)) is None else support_of(base)
-    while isinstance(support, _WRAPPERS):
-        support = support.base_constraint
+    support = support_of_numbers(support)
     if support not in (None, constraints.real, constraints.real_vector):
         raise ValueError(
             f"FlowPrior: expected a flow over all real codes for site '{site}', got one that, or "

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import TransformedDistribution, VonMises, constraints
 from torch.distributions.constraints import Constraint, MixtureSameFamilyConstraint
 
-from pyro_vae.checks import support_of
+from pyro_vae.checks import support_of, support_of_numbers
 from pyro_vae.traces import Plate, Site, frames, is_point_mass, mask_of, masks_elements
 
 __all__ = [
@@ -135,9 +135,7 @@ def check_can_amortize(site: Site, where: str) -> None:
 
 def is_real(support: Any) -> bool:
     """Whether a support holds all real numbers."""
-    while isinstance(support, constraints.independent | MixtureSameFamilyConstraint):
-        support = support.base_constraint
-    return isinstance(support, type(constraints.real))
+    return isinstance(support_of_numbers(support), type(constraints.real))
 
 
 def plain_support(support: Any) -> Any:

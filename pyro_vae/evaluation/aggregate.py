@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributions import Normal, constraints
 
-from pyro_vae.checks import check_at_least, support_of
+from pyro_vae.checks import check_at_least, support_of, support_of_numbers
 from pyro_vae.evaluation.aggregate_density import AggregateDensity, log_prob_of_rows
 from pyro_vae.evaluation.code_site import CodeSite
 from pyro_vae.isolation import without_side_effects
@@ -17,7 +17,6 @@ from pyro_vae.traces import is_point_mass
 __all__ = ["AggregatePosterior", "aggregate_posterior"]
 
 _WHERE = "aggregate_posterior"
-_WRAPPERS = constraints.independent, constraints.MixtureSameFamilyConstraint
 
 
 @dataclass(frozen=True)
@@ -201,9 +200,7 @@ def _log_prior(prior: CodeSite | None, posterior: CodeSite, codes: torch.Tensor)
 
 def _standard_normal(site: CodeSite, codes: torch.Tensor) -> torch.Tensor:
     """Log-density of every dimension: ``(S, rows, dimensions)``."""
-    support: Any = support_of(site.fn)
-    while isinstance(support, _WRAPPERS):
-        support = support.base_constraint
+    support = support_of_numbers(support_of(site.fn))
     if support not in (None, constraints.real):
         raise ValueError(
             f"{_WHERE}: expected real codes at site '{site.name}', whose prior is taken to be the "

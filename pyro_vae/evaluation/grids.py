@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributions import biject_to, constraints
 
-from pyro_vae.checks import support_of
+from pyro_vae.checks import support_of, support_of_numbers
 
 __all__ = ["Coordinate", "Grid", "bounds_of", "trapezoid_weights"]
 
@@ -23,7 +23,6 @@ _RESOLVED = 0.5
 _ORDERS = 2, 4, 8, 16
 # In units of the last place: changes that may be rounding are no jumps.
 _ROUNDING = 64.0
-_WRAPPERS = constraints.independent, constraints.MixtureSameFamilyConstraint
 
 
 def bounds_of(fn: Any, where: str, site: str) -> tuple[float, float]:
@@ -32,9 +31,7 @@ def bounds_of(fn: Any, where: str, site: str) -> tuple[float, float]:
     Raises:
         ValueError: If the support is no interval, or not the same for all rows.
     """
-    support: Any = support_of(fn)
-    while isinstance(support, _WRAPPERS):
-        support = support.base_constraint
+    support = support_of_numbers(support_of(fn))
     if support is None or support is constraints.real:
         return -math.inf, math.inf
     ends = []
