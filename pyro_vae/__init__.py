@@ -14,6 +14,7 @@ from pyro_vae import (
     priors,
     schedules,
 )
+from pyro_vae.compiled_svi import CaptureError, CompiledSVI
 from pyro_vae.evaluation import LogLikelihoodEstimate, importance_weighted_log_likelihood
 from pyro_vae.fit import fit
 from pyro_vae.handlers import mask_missing, scale_kl
@@ -23,6 +24,8 @@ from pyro_vae.inference_data import to_inference_data
 __version__ = "0.1.0"
 
 __all__ = [
+    "CaptureError",
+    "CompiledSVI",
     "History",
     "LogLikelihoodEstimate",
     "baselines",

@@ -50,9 +50,12 @@ def check_labels(
         )
     if labelled is not None:
         _check_labelled(where, labelled, y)
-    seen = y.long() if labelled is None else y.long()[labelled]  # Not all types can be compared.
-    if seen.numel() and (int(seen.min()) < 0 or int(seen.max()) >= num_classes):
-        bad = seen[(seen < 0) | (seen >= num_classes)]
+    classes = y.long()  # Not all types can be compared.
+    wrong = (classes < 0) | (classes >= num_classes)
+    if labelled is not None:
+        wrong = wrong & labelled
+    if wrong.any():
+        bad = classes[wrong]
         raise ValueError(
             f"{where}: expected classes 0 ... {num_classes - 1} in {name}, got {int(bad[0])}. "
             "Number the classes from 0, and mark rows without a label by labelled=False."

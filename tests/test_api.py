@@ -14,6 +14,8 @@ import pyro_vae
 
 NAMES = {
     "pyro_vae": [
+        "CaptureError",
+        "CompiledSVI",
         "History",
         "LogLikelihoodEstimate",
         "fit",

@@ -98,7 +98,7 @@ class AddedTermELBO(ELBO):
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
-        return float(loss.detach())
+        return loss.detach().item()
 
 
 class _Recorder(Messenger):

@@ -171,7 +171,7 @@ class TermsObjective(Objective):
 
 def _item(bound: torch.Tensor) -> float:
     warn_if_nan(bound.detach(), "loss")
-    return float(bound.detach())
+    return bound.detach().item()  # Not float(): a captured run keeps it as a tensor.
 
 
 def dim_of_rows(where: str, plates: Iterable[Plate], num_rows: int) -> int:

@@ -1,0 +1,190 @@
+"""What a program does with values while it is captured: numbers it reads, tensors it changes."""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyro_vae.capture.errors import CaptureError, is_library, outer_frame, where_now
+
+__all__ = ["Effects", "Readings"]
+
+_NAN_CHECKS = {pyro.util.warn_if_nan.__code__, pyro.util.warn_if_inf.__code__}
+_PARAMETER_CHECK = torch.distributions.Distribution.__init__.__code__
+_NUMBERS: dict[Any, Callable[[Any], Any]] = {
+    torch.Tensor.__bool__: bool,
+    torch.Tensor.__int__: int,
+    torch.Tensor.__index__: operator.index,
+    torch.Tensor.__float__: float,
+    torch.Tensor.tolist: lambda value: value.tolist(),
+    torch.Tensor.numpy: lambda value: value.numpy(),
+    torch.Tensor.__array__: lambda value: value.numpy(),
+}
+
+
+class Effects(TorchDispatchMode):
+    """Keeps what tensors held before an operation changed them, if they were there before.
+
+    Attributes:
+        before: The tensors that changed, with copies of what they held.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._made: dict[int, torch.Tensor] = {}  # Kept alive, so that no id comes twice.
+
+    def is_made_here(self, tensor: torch.Tensor) -> bool:
+        """Whether an operation of this run returned the tensor."""
+        return id(tensor) in self._made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self._keep(func, args, kwargs)
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            if id(tensor) not in self.before:
+                self._made[id(tensor)] = tensor
+        return result
+
+    def _keep(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            for tensor in _tensors(value):
+                base = tensor if tensor._base is None else tensor._base
+                for changed in (tensor, base):
+                    if id(changed) not in self._made and id(changed) not in self.before:
+                        self.before[id(changed)] = changed, changed.detach().clone()
+
+    def put_back(self) -> None:
+        """Gives every changed tensor its values from before."""
+        with torch.no_grad():
+            for tensor, values in self.before.values():
+                tensor.detach().copy_(values)
+
+    def values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The changed tensors, with copies of what they hold now."""
+        return [(tensor, tensor.detach().clone()) for tensor, _ in self.before.values()]
+
+
+class Shapes(TorchDispatchMode):
+    """Refuses operations whose shapes depend on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.dynamic_output_shape in func.tags or _selects(func, args):
+            raise CaptureError(
+                f"the shape that {func} returns depends on values, at {where_now()}. Use "
+                "torch.where, a mask, or a fixed number of rows"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _selects(func: Any, args: Sequence[Any]) -> bool:
+    """Whether rows are chosen by a mask, so that their number depends on values."""
+    aten = torch.ops.aten
+    if func.overloadpacket not in (aten.index, aten.index_put, aten.index_put_):
+        return False
+    masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+    return bool(masks) and (func.overloadpacket is aten.index or args[2].dim() > 0)
+
+
+class Readings(TorchFunctionMode):
+    """Answers a program that asks for the number in a tensor.
+
+    A number that leaves the graph would be fixed for ever. So
+
+    - ``.item()`` returns the number as a tensor without gradient, which stays in the graph;
+    - truth values that torch, Pyro or this package ask for are their checks of values: they are
+      answered as they come out now, and kept in ``assumed`` for the graph to compute again (but
+      for the parameters of distributions, where a NaN in the loss tells as much);
+    - numbers in tensors from outside are answered, and kept in ``read`` for a guard;
+    - everything else is data-dependent: it raises.
+
+    Attributes:
+        assumed: Truth values of the program, with the answers it was given.
+        read: Tensors from outside, with copies of the values that were read.
+    """
+
+    def __init__(self, effects: Effects, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.assumed: list[tuple[torch.Tensor, bool]] = []
+        self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._effects = effects
+        self._inputs = {id(tensor) for tensor in inputs}
+        self._answering = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._answering:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.item:
+            return self._item(args[0])
+        if func is torch.Tensor.register_hook and args[1].__module__ == "pyro.util":
+            return None  # Pyro looks for NaN in gradients, where this mode does not reach.
+        if func in _NUMBERS:
+            return self._number(func, args[0])
+        return func(*args, **kwargs)
+
+    def _item(self, tensor: torch.Tensor) -> Any:
+        if not tensor.is_floating_point():
+            return self._number(torch.Tensor.__int__, tensor)
+        # A Python number has double precision, and takes part in promotion as a 0-d tensor.
+        return tensor.detach().reshape(()).double()
+
+    def _number(self, func: Any, tensor: torch.Tensor) -> Any:
+        frame = outer_frame()
+        if func is torch.Tensor.__bool__ and frame.f_code in _NAN_CHECKS:
+            return False  # The loss is looked at when it is read.
+        if not self._effects.is_made_here(tensor) and id(tensor) not in self._inputs:
+            self.read.append((tensor, tensor.detach().clone()))
+            with _outside():
+                return _NUMBERS[func](tensor.detach())
+        literal = self._literal(func, tensor)
+        if literal is not None:
+            return literal
+        by_library = is_library(str(frame.f_globals.get("__name__", "")))
+        if not by_library or func not in (torch.Tensor.__bool__, torch.Tensor.__int__):
+            name = getattr(func, "__name__", str(func)).strip("_")
+            raise CaptureError(
+                f"the program reads a number that depends on its data or parameters "
+                f"({name} of a tensor of shape {tuple(tensor.shape)}) at {where_now()}. Use "
+                "torch.where instead of a branch, and tensors instead of Python numbers"
+            )
+        with _outside():
+            value = _NUMBERS[func](tensor.detach())
+        if value is True and frame.f_code is _PARAMETER_CHECK:
+            return True  # Parameters that are illegal later make the loss NaN, or are data.
+        self.assumed.append((tensor.detach() == value, True))
+        return value
+
+    def _literal(self, func: Any, tensor: torch.Tensor) -> Any:
+        """The number where it was written in the program, as in ``torch.tensor(3)``."""
+        self._answering = True
+        try:
+            return _NUMBERS[func](tensor)
+        except (RuntimeError, TypeError):  # make_fx: a value out of a tracing tensor.
+            return None
+        finally:
+            self._answering = False
+
+
+@contextmanager
+def _outside() -> Iterator[None]:
+    """Operations inside the block are no part of the graph."""
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+        yield
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,207 @@
+"""One step of SVI as a graph: captured beside a run of Pyro, compared with it, repeated."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from pyro_vae.capture.compilation import Compiled, compile_graph, interpret
+from pyro_vae.capture.errors import CaptureError
+from pyro_vae.capture.forms import Form, TensorForm
+from pyro_vae.capture.graph import Graph, capture
+from pyro_vae.capture.stock_run import StockRun, compare, loss_and_sites, unconstrained
+from pyro_vae.capture.surroundings import Surroundings
+
+__all__ = ["CapturedStep", "capture_step"]
+
+
+def capture_step(
+    svi: Any, stock: StockRun, form: Form, leaves: Sequence[Any], warn: Callable[[str], None]
+) -> "CapturedStep":
+    """Captures the step that Pyro took, compiles it, and compares the two.
+
+    Args:
+        svi: Model, guide and loss.
+        stock: Pyro's run.
+        form: The form of the arguments.
+        leaves: The leaves of the arguments.
+        warn: Told if the compiler fails.
+
+    Raises:
+        CaptureError: If the program does what no graph holds, or the numbers differ.
+    """
+    if stock.altered:
+        raise CaptureError(
+            f"a run of it changes {stock.altered[0]}, which a graph would not. Keep numbers that "
+            "change in tensors that are updated in place"
+        )
+    if stock.draws_elsewhere:
+        raise CaptureError(
+            "it draws random numbers of Python or numpy, which would be the same for ever. Use "
+            "torch's"
+        )
+    start = time.perf_counter()
+    stock.rewind()
+    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    graph = capture(lambda *tensors: _run(svi, stock, form.spec, leaves, tensors), inputs)
+    stock.rewind()  # The run has replaced tensors by those of the graph.
+    step = CapturedStep(graph, stock, form)
+    step.capture_seconds = time.perf_counter() - start
+    if svi.mode == "inductor":
+        step.compile(stock, leaves, warn)
+    else:
+        step.compare(stock, leaves)
+    step.compile_seconds = time.perf_counter() - start - step.capture_seconds
+    return step
+
+
+def _run(svi: Any, stock: StockRun, spec: TreeSpec, leaves: Any, tensors: Any) -> Any:
+    """Loss, gradients and replaced tensors of a run on other tensors."""
+    given = iter(tensors)
+    filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(filled, spec)
+    loss, sites = loss_and_sites(svi, args, kwargs)
+    gradients = [parameter.grad for parameter in stock.parameters]
+    for parameter in stock.parameters:
+        parameter.grad = None
+    if set(map(id, stock.parameters)) != {id(unconstrained(v)) for v in sites.values()}:
+        raise CaptureError("its param statements are not the same in every run")
+    return loss, gradients, [place.read() for place, _, _ in stock.replaced]
+
+
+class CapturedStep:
+    """A step as a graph, and what has to stay as it was for the graph to be right.
+
+    Attributes:
+        form: The form of the arguments it is for.
+        backend: ``"inductor"``, or ``"graph"`` where operations run one by one.
+        num_steps: How often it was used.
+        last_check: At which use it was compared with Pyro last.
+        capture_seconds: What it took to capture.
+        compile_seconds: What it took to compile and compare.
+    """
+
+    capture_seconds = compile_seconds = 0.0
+
+    def __init__(self, graph: Graph, stock: StockRun, form: Form) -> None:
+        self.graph, self.form, self.backend = graph, form, "graph"
+        self.num_steps = self.last_check = 1
+        self._compiled: Compiled = interpret(graph)
+        self._around = Surroundings(stock.roots, stock.names)
+        places = self._around.places_of([*graph.outside, *stock.parameters])
+        self._outside = [(tensor, places.get(id(tensor))) for tensor in graph.outside]
+        self._parameters = [(tensor, places.get(id(tensor))) for tensor in stock.parameters]
+        self._replaced = [self._around.same_place(place) for place, _, _ in stock.replaced]
+        self._forms = {
+            place: TensorForm.of(place.value)
+            for place in [*places.values(), *self._replaced]
+            if place is not None
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"arguments {self.form}: {self.graph.num_operations} operations, captured in "
+            f"{self.capture_seconds:.1f} s, compiled and compared in {self.compile_seconds:.1f} s "
+            f"({self.backend})"
+        )
+
+    def changed_place(self) -> str | None:
+        """The name of something the program reads that is no longer as it was, if any."""
+        for place in self._around.changed():
+            now = place.read()
+            form = self._forms.get(place)
+            if form is None or type(now) is not type(place.value) or TensorForm.of(now) != form:
+                return place.name
+            place.value = now  # Another tensor of the same form: it is taken from there.
+        if not all(torch.equal(tensor, values) for tensor, values in self.graph.read):
+            return "a tensor of which it reads the number"
+        return None
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The unconstrained parameters, from where they are kept."""
+        return [tensor if place is None else place.value for tensor, place in self._parameters]
+
+    def is_due_for_check(self) -> bool:
+        """Counts a use; true at the second, fourth, eighth, ... one.
+
+        Programs may depend on what nobody can see from outside.
+        """
+        self.num_steps += 1
+        return self.num_steps & (self.num_steps - 1) == 0
+
+    def __call__(self, leaves: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]] | None:
+        """Loss and gradients; ``None``, and nothing done, if values are not as was assumed."""
+        if self.graph.assumes:
+            state = torch.get_rng_state()
+            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+            kept = [(tensor, tensor.detach().clone()) for tensor in self.graph.changed]
+        outputs = self._outputs(leaves)
+        if self.graph.assumes and not self.graph.holds(outputs):
+            torch.set_rng_state(state)
+            if cuda is not None:
+                torch.cuda.set_rng_state_all(cuda)
+            with torch.no_grad():
+                for tensor, values in kept:
+                    tensor.detach().copy_(values)
+            return None
+        loss, gradients, replaced = self.graph.result(outputs)
+        for place, value in zip(self._replaced, replaced, strict=True):
+            place.write(value)
+        return loss, gradients
+
+    def _outputs(self, leaves: Sequence[Any]) -> Sequence[torch.Tensor]:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        for tensor, place in self._outside:
+            tensors.append(tensor if place is None else place.value)
+        with torch.no_grad():
+            outputs: Sequence[torch.Tensor] = self._compiled(tensors)
+        return outputs
+
+    def compile(self, stock: StockRun, leaves: Sequence[Any], warn: Callable[[str], None]) -> None:
+        """Compiles the graph; where that fails it stays as it is.
+
+        Raises:
+            CaptureError: If it does not return what Pyro returned.
+        """
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        try:
+            compiled = compile_graph(self.graph, [*tensors, *self.graph.outside])
+            self._compiled, self.backend = compiled, "inductor"
+            self.compare(stock, leaves)
+        except Exception as err:
+            self._compiled, self.backend = interpret(self.graph), "graph"
+            self.compare(stock, leaves)
+            reason = " ".join(str(err).split())[:300]
+            warn(
+                f"CompiledSVI: expected torch's compiler to work, got {type(err).__name__}: "
+                f"{reason}. The captured graph runs without it, more slowly. Install g++, or "
+                "choose mode='graph'."
+            )
+
+    def compare(self, stock: StockRun, leaves: Sequence[Any]) -> None:
+        """Compares the graph with Pyro's run, from where that began.
+
+        Raises:
+            CaptureError: If loss, gradients or effects differ.
+        """
+        stock.rewind()
+        for place in self._around.changed():
+            if place in self._forms:
+                place.value = place.read()
+        result = self(leaves)
+        if result is None:
+            return  # Pyro's own checks had their say.
+        losses, wanted = (x if isinstance(x, tuple) else (x,) for x in (result[0], stock.loss))
+        for actual, expected in zip(losses, wanted, strict=True):
+            compare("the loss", actual, expected)
+        for name, actual, expected in zip(stock.names, result[1], stock.gradients, strict=False):
+            if (actual is None) != (expected is None):
+                raise CaptureError(f"the gradient of '{name}' exists on one side only")
+            if actual is not None:
+                compare(f"the gradient of '{name}'", actual, expected)
+        for place, _, new in stock.replaced:
+            compare(place.name, place.read(), new)
+        stock.compare_end()
+        self.last_check = self.num_steps
