@@ -109,7 +109,7 @@ class Codebook(nn.Module):
             raise TypeError(
                 f"Codebook: expected integer indices, got {kind}. Convert them with indices.long()."
             )
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_codes:
+        if not ((indices >= 0) & (indices < self.num_codes)).all():
             raise ValueError(
                 f"Codebook: expected indices in 0 ... {self.num_codes - 1}, got values in "
                 f"[{int(indices.min())}, {int(indices.max())}]. Make a codebook of more codes, or "

@@ -13,3 +13,7 @@ step            a step of SVI as a graph, compared with Pyro
 errors          says where and why a program cannot be recorded
 =============== ==================================================================
 """
+
+from pyro_vae.capture.errors import CaptureError
+
+__all__ = ["CaptureError"]

@@ -156,7 +156,7 @@ def _lift(module: fx.GraphModule) -> list[torch.Tensor]:
 
 
 def _keep_random(graph: fx.Graph) -> None:
-    """Returns random numbers that nothing uses after all results, so that no compiler drops them."""
+    """Returns random numbers that nothing uses, last of all: no compiler shall drop them."""
     [end] = [node for node in graph.nodes if node.op == "output"]
     needed: set[fx.Node] = set()
     for node in reversed(graph.nodes):
