@@ -110,6 +110,7 @@ class CompiledSVI:
         self._refused: set[Form] = set()
         self._warned: set[str] = set()
         self._num_steps = 0
+        self._last: CapturedStep | None = None
         self._graded: dict[int, torch.Tensor] = {}
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,11 +128,13 @@ class CompiledSVI:
         Returns:
             The loss as a 0-d tensor on the device, without gradient.
         """
+        self._last = None
         leaves, spec = tree_flatten((args, kwargs))
         form = form_of(leaves, spec)
         if form is not None and not _PYRO_STACK and form not in self._refused:
             for known in self._by_form.get(form, ()):
                 if known.changed_place() is None:
+                    self._last = known
                     return self._run(known, leaves, args, kwargs)
             if self._num_steps:  # Parameters are born, and first looks taken, in the first step.
                 return self._first_run(form, leaves, args, kwargs)
@@ -182,10 +185,18 @@ class CompiledSVI:
         batches = order.to(device).split(batch_size)
         if drop_last and num_rows % batch_size:
             batches = batches[:-1]
-        losses = []
+        losses, known, num_known = [], None, 0
         for rows in batches:
             batch = [_rows(leaf, rows) for leaf in leaves]
-            losses.append(torch.as_tensor(self.step_tensor(*tree_unflatten(batch, spec))))
+            args = tree_unflatten(batch, spec)
+            # Between two batches nothing changes that a program reads, but for schedules.
+            if known is not None and len(rows) == num_known and not schedules:
+                loss = self._run(known, batch, args, {})
+                known = known if known in self.graphs else None
+            else:
+                loss = self.step_tensor(*args)
+                known, num_known = self._last, len(rows)
+            losses.append(torch.as_tensor(loss))
             for schedule in schedules:
                 schedule.step()
         if not losses:
@@ -241,6 +252,7 @@ class CompiledSVI:
             known.compare(stock, leaves)
         except CaptureError as err:
             self._by_form[known.form].remove(known)
+            self.graphs.remove(known)
             self._refuse(
                 known.form,
                 f"{err}. This was found at step {known.num_steps} of the graph; the steps since "
@@ -335,4 +347,4 @@ def _num_rows(leaves: Sequence[Any]) -> int:
 
 
 def _rows(leaf: Any, rows: torch.Tensor) -> Any:
-    return leaf[rows] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+    return leaf.index_select(0, rows) if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_vae.capture.errors import CaptureError, where_now
 from pyro_vae.capture.recording import Effects, Readings, Shapes
@@ -37,19 +36,19 @@ class Graph:
     read: list[tuple[torch.Tensor, torch.Tensor]]
     changed: list[torch.Tensor]
     assumes: bool
-    _spec: TreeSpec
+    _num_returned: int
     _constants: dict[int, Any]
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether what it assumes of values was true, from what ``module`` returned."""
-        return bool(tensors[self._spec.num_leaves - len(self._constants)])
+        return bool(tensors[self._num_returned])
 
-    def result(self, tensors: Sequence[torch.Tensor]) -> Any:
+    def result(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """The result of the function, from what ``module`` returned."""
-        leaves = list(tensors[: self._spec.num_leaves - len(self._constants)])
+        leaves: list[Any] = list(tensors[: self._num_returned])
         for position, constant in self._constants.items():
             leaves.insert(position, constant)
-        return tree_unflatten(leaves, self._spec)
+        return leaves
 
     @property
     def num_operations(self) -> int:
@@ -57,11 +56,11 @@ class Graph:
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
 
-def capture(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Graph:
+def capture(function: Callable[..., list[Any]], inputs: Sequence[torch.Tensor]) -> Graph:
     """Runs ``function(*inputs)`` once and records it; changes of tensors are taken back.
 
     Args:
-        function: Takes tensors, returns a tree of tensors and constants.
+        function: Takes tensors, returns a list of tensors and constants.
         inputs: What it is given. A tensor that it also finds outside counts as another one.
 
     Raises:
@@ -75,11 +74,12 @@ def capture(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Gra
 
     def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
         with Shapes(), effects:
-            leaves, result["spec"] = tree_flatten(function(*tensors))
+            leaves = function(*tensors)
+            returned = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            result["num"] = len(returned)
             result["constants"] = {
                 i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)
             }
-            returned = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
             if readings.assumed:
                 returned.append(torch.stack([holds for holds, _ in readings.assumed]).all())
             return returned
@@ -104,7 +104,7 @@ def capture(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Gra
         readings.read,
         changed,
         bool(readings.assumed),
-        result["spec"],
+        result["num"],
         result["constants"],
     )
 
@@ -142,6 +142,7 @@ def _lift(module: fx.GraphModule) -> list[torch.Tensor]:
         if id(tensor) not in inputs:
             with graph.inserting_before(first):
                 inputs[id(tensor)] = graph.placeholder(f"outside_{len(outside)}")
+            inputs[id(tensor)].meta["val"] = tensor
             outside.append(tensor)
         node.replace_all_uses_with(inputs[id(tensor)])
         graph.erase_node(node)

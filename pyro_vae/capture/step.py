@@ -57,7 +57,7 @@ def capture_step(
     return step
 
 
-def _run(svi: Any, stock: StockRun, spec: TreeSpec, leaves: Any, tensors: Any) -> Any:
+def _run(svi: Any, stock: StockRun, spec: TreeSpec, leaves: Any, tensors: Any) -> list[Any]:
     """Loss, gradients and replaced tensors of a run on other tensors."""
     given = iter(tensors)
     filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -68,7 +68,8 @@ def _run(svi: Any, stock: StockRun, spec: TreeSpec, leaves: Any, tensors: Any) -
         parameter.grad = None
     if set(map(id, stock.parameters)) != {id(unconstrained(v)) for v in sites.values()}:
         raise CaptureError("its param statements are not the same in every run")
-    return loss, gradients, [place.read() for place, _, _ in stock.replaced]
+    losses = loss if isinstance(loss, tuple) else (loss,)
+    return [*losses, *gradients, *(place.read() for place, _, _ in stock.replaced)]
 
 
 class CapturedStep:
@@ -93,6 +94,7 @@ class CapturedStep:
         places = self._around.places_of([*graph.outside, *stock.parameters])
         self._outside = [(tensor, places.get(id(tensor))) for tensor in graph.outside]
         self._parameters = [(tensor, places.get(id(tensor))) for tensor in stock.parameters]
+        self._make_loss = type(stock.loss) if isinstance(stock.loss, tuple) else None
         self._replaced = [self._around.same_place(place) for place, _, _ in stock.replaced]
         self._forms = {
             place: TensorForm.of(place.value)
@@ -146,10 +148,13 @@ class CapturedStep:
                 for tensor, values in kept:
                     tensor.detach().copy_(values)
             return None
-        loss, gradients, replaced = self.graph.result(outputs)
-        for place, value in zip(self._replaced, replaced, strict=True):
+        result = self.graph.result(outputs)
+        last = len(result) - len(self._replaced)
+        for place, value in zip(self._replaced, result[last:], strict=True):
             place.write(value)
-        return loss, gradients
+        first = last - len(self._parameters)
+        loss = result[0] if self._make_loss is None else self._make_loss(result[:first])
+        return loss, result[first:last]
 
     def _outputs(self, leaves: Sequence[Any]) -> Sequence[torch.Tensor]:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -25,6 +25,7 @@ _KEPT = {"training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_
 # What every module has: of no interest, or a table of its own.
 _INTERNAL = (set(nn.Module().__dict__) | set(pyro.nn.PyroModule().__dict__)) - _KEPT
 _MISSING = object()
+_LENGTH = object()  # In the place of a key: the number of entries.
 
 
 class Place:
@@ -44,11 +45,18 @@ class Place:
     def read(self) -> Any:
         """What is there now."""
         owner = self._owner
+        if self._key is _LENGTH:
+            return len(owner)
         if isinstance(owner, dict):
             return owner.get(self._key, _MISSING)
         if isinstance(owner, list):
             return owner[self._key] if self._key < len(owner) else _MISSING
         return getattr(owner, self._key, _MISSING)
+
+    @property
+    def where(self) -> tuple[Any, Any]:
+        """The owner, and what it knows the value by."""
+        return self._owner, self._key
 
     def is_where(self, other: "Place") -> bool:
         """Whether both are the same place."""
@@ -61,17 +69,6 @@ class Place:
         else:
             setattr(self._owner, self._key, value)
         self.value = value
-
-
-class _Length:
-    """The number of entries of a container, read like an attribute."""
-
-    def __init__(self, container: Any) -> None:
-        self._container = container
-
-    @property
-    def length(self) -> int:
-        return len(self._container)
 
 
 class Surroundings:
@@ -96,6 +93,21 @@ class Surroundings:
             if name in table:
                 self._add(f"pyro.param('{name}')", table, name, table[name])
         self._seen.clear()
+        self._sort()
+
+    def _sort(self) -> None:
+        """For speed: entries of tables, lengths, and what is kept in other ways."""
+        self._tables: list[tuple[Place, dict[Any, Any], Any]] = []
+        self._lengths: list[tuple[Any, int]] = []
+        self._others: list[Place] = []
+        for place in self.places:
+            owner, key = place.where
+            if key is _LENGTH:
+                self._lengths.append((owner, place.value))
+            elif isinstance(owner, dict):
+                self._tables.append((place, owner, key))
+            else:
+                self._others.append(place)
 
     def _add(self, name: str, owner: Any, key: Any, value: Any) -> None:
         self.places.append(Place(name, owner, key, value))
@@ -113,6 +125,13 @@ class Surroundings:
 
     def changed(self) -> list[Place]:
         """The places that hold something else by now."""
+        for place, owner, key in self._tables:  # A step in a thousand changes anything.
+            if owner.get(key) is not place.value:
+                break
+        else:
+            if all(len(owner) == length for owner, length in self._lengths):
+                if all(place.read() is place.value for place in self._others):
+                    return []
         return [
             p for p in self.places if (now := p.read()) is not p.value and not _same(now, p.value)
         ]
@@ -173,8 +192,7 @@ def _inside(name: str, value: Any) -> Found:
 
 
 def _entries(name: str, owner: Any, items: Iterable[tuple[Any, Any]], form: str) -> Found:
-    length = _Length(owner)
-    yield f"len({name})", length, "length", len(owner)
+    yield f"len({name})", owner, _LENGTH, len(owner)
     if len(owner) <= _MAX_LENGTH:
         for key, inner in list(items):
             yield name + form.format(key), owner, key, inner
