@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from pyro_vae.capture.comparison import compare, precision_of, size_of
 from pyro_vae.capture.compilation import Compiled, compile_graph, interpret
 from pyro_vae.capture.errors import CaptureError
 from pyro_vae.capture.forms import Form, TensorForm
 from pyro_vae.capture.graph import Graph, capture
-from pyro_vae.capture.stock_run import StockRun, compare, loss_and_sites, unconstrained
+from pyro_vae.capture.stock_run import StockRun, loss_and_sites, unconstrained
 from pyro_vae.capture.surroundings import Surroundings
 
 __all__ = ["CapturedStep", "capture_step"]
@@ -94,6 +95,7 @@ class CapturedStep:
         places = self._around.places_of([*graph.outside, *stock.parameters])
         self._outside = [(tensor, places.get(id(tensor))) for tensor in graph.outside]
         self._parameters = [(tensor, places.get(id(tensor))) for tensor in stock.parameters]
+        self._precision = precision_of([*graph.outside, *stock.parameters])
         self._make_loss = type(stock.loss) if isinstance(stock.loss, tuple) else None
         self._replaced = [self._around.same_place(place) for place, _, _ in stock.replaced]
         self._forms = {
@@ -200,13 +202,14 @@ class CapturedStep:
             return  # Pyro's own checks had their say.
         losses, wanted = (x if isinstance(x, tuple) else (x,) for x in (result[0], stock.loss))
         for actual, expected in zip(losses, wanted, strict=True):
-            compare("the loss", actual, expected)
+            compare("the loss", actual, expected, self._precision)
+        largest = max((size_of(g) for g in stock.gradients if g is not None), default=0.0)
         for name, actual, expected in zip(stock.names, result[1], stock.gradients, strict=False):
             if (actual is None) != (expected is None):
                 raise CaptureError(f"the gradient of '{name}' exists on one side only")
             if actual is not None:
-                compare(f"the gradient of '{name}'", actual, expected)
+                compare(f"the gradient of '{name}'", actual, expected, self._precision, largest)
         for place, _, new in stock.replaced:
-            compare(place.name, place.read(), new)
-        stock.compare_end()
+            compare(place.name, place.read(), new, self._precision)
+        stock.compare_end(self._precision)
         self.last_check = self.num_steps

@@ -8,11 +8,12 @@ import pyro
 import torch
 from pyro import poutine
 
+from pyro_vae.capture.comparison import compare
 from pyro_vae.capture.errors import CaptureError
 from pyro_vae.capture.recording import Effects
 from pyro_vae.capture.surroundings import Surroundings
 
-__all__ = ["RandomState", "StockRun", "compare", "loss_and_sites", "unconstrained"]
+__all__ = ["RandomState", "StockRun", "loss_and_sites", "unconstrained"]
 
 
 class RandomState:
@@ -93,14 +94,17 @@ class StockRun:
         for place, old, _ in self.replaced:
             place.write(old)
 
-    def compare_end(self) -> None:
+    def compare_end(self, precision: torch.dtype) -> None:
         """Compares where another run, from where this one began, has ended.
+
+        Args:
+            precision: That of the arithmetic.
 
         Raises:
             CaptureError: If it ended elsewhere.
         """
         for tensor, values in self._values:
-            compare("a tensor that it changes in place", tensor, values)
+            compare("a tensor that it changes in place", tensor, values, precision)
         if not RandomState().same_in_torch(self._after):
             raise CaptureError("the graph draws other random numbers than Pyro")
 
@@ -130,30 +134,3 @@ def unconstrained(value: Any) -> torch.Tensor:
     """The parameter behind the value of a param statement."""
     # With module_local_params the parameters of plain modules come without Pyro's mark.
     return value.unconstrained() if hasattr(value, "unconstrained") else value
-
-
-def compare(name: str, actual: Any, wanted: Any) -> None:
-    """Raises a :class:`CaptureError` if two results of a step are not the same number."""
-    actual, wanted = torch.as_tensor(actual).detach(), torch.as_tensor(wanted).detach()
-    if actual.shape != wanted.shape:
-        shapes = f"{tuple(actual.shape)} and {tuple(wanted.shape)}"
-        raise CaptureError(f"{name} has other shapes in the graph and in Pyro, {shapes}")
-    if not wanted.is_floating_point():
-        same = bool(actual.to(wanted.dtype).eq(wanted).all())
-        size = 0.0
-    else:
-        actual = actual.to(wanted.dtype)
-        size = (
-            float(torch.where(wanted.isfinite(), wanted, 0.0).abs().max())
-            if len(wanted.reshape(-1))
-            else 0.0
-        )
-        tolerance = {torch.float64: 1e-8, torch.float32: 2e-4}.get(wanted.dtype, 2e-2)
-        near = (actual - wanted).abs() <= tolerance * size + 1e-30
-        same = bool((near | (actual == wanted) | (actual.isnan() & wanted.isnan())).all())
-    if not same:
-        worst = float((actual.double() - wanted.double()).abs().nan_to_num().max())
-        raise CaptureError(
-            f"{name} is not what Pyro computes with the same random numbers: it differs by "
-            f"{worst:.3g}, its size is {size:.3g}"
-        )

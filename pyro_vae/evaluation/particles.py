@@ -1,12 +1,14 @@
 """Log-weights of a model/guide pair on one batch, any number of particles in bounded memory."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_vae.capture.function import CapturedFunction
 from pyro_vae.dependence import dependent_latents
 from pyro_vae.pairs import Pair
 from pyro_vae.strata import Strata, can_stratify, stratified_sample
@@ -34,16 +36,22 @@ class Particles:
         pair: A checked execution of both.
         plates: Their data plates.
         where: The function that asks, for the messages.
+        compiled: Whether to compile the model's log-density, from the second chunk on.
 
     Attributes:
         block: How many particles are drawn together, in proportion to the components of the
             guide's first mixture; 1 where they are independent.
     """
 
-    def __init__(self, pair: Pair, plates: DataPlates, where: str) -> None:
+    def __init__(
+        self, pair: Pair, plates: DataPlates, where: str, *, compiled: bool = False
+    ) -> None:
         nesting = pair.max_plate_nesting
         common = plates, nesting, where, pair.latent_shapes
         self._model = VectorisedProgram(pair.model, "model", *common, pair.enumerated)
+        self._score: Callable[[Values, int], torch.Tensor] = self._model.score
+        if compiled:
+            self._score = CapturedFunction(self._model.score, self._warn)
         self._guide = VectorisedProgram(pair.guide, "guide", *common)
         self._sites = pair.guide_sites
         self._nesting, self._plates, self._where = nesting, plates, where
@@ -73,10 +81,17 @@ class Particles:
             if not len(log_q):
                 return
             chunk = {name: value[:chunk_size] for name, value in values.items()}
-            log_p = self._model.score(chunk, len(log_q[:chunk_size]))
+            log_p = self._score(chunk, len(log_q[:chunk_size]))
             yield self._checked(log_p - log_q[:chunk_size], chunk)
             values = {name: value[chunk_size:] for name, value in values.items()}
             log_q = log_q[chunk_size:]
+
+    def _warn(self, reason: str) -> None:
+        warnings.warn(
+            f"{self._where}: expected a model that can be compiled, but {reason}. It runs as it "
+            "is; leave out compiled=True.",
+            stacklevel=5,
+        )
 
     def draw(self, num: int) -> Values:
         """Samples ``num`` particles from the guide: ``(num, *plates, *event)`` by site."""
