@@ -118,7 +118,7 @@ class MixtureOfProducts(_Multimodal):
     def _posterior(self, seen: Observed) -> TorchDistribution:
         loc, scale, there = self._experts(seen)
         subsets = self._subsets_of(seen)  # (S, M)
-        if not len(subsets):
+        if not seen.values:
             return dist.Normal(loc[:, 0], scale[:, 0]).to_event(1)
         members = subsets & there[:, None, :-1]  # (batch, S, M)
         anyone = members.any(-1)
@@ -130,14 +130,13 @@ class MixtureOfProducts(_Multimodal):
         return _mixture(*product_of_normals(loc, scale, members), anyone)
 
     def _subsets_of(self, seen: Observed) -> torch.Tensor:
-        """What is left of the subsets among the modalities seen, where anything is: ``(S, M)``."""
+        """What is left of the subsets among the modalities seen: ``(S, M)``."""
         if self.subsets is None:
             num = len(seen.values)
             codes = torch.arange(1, 2**num, device=seen.device).unsqueeze(-1)
             return (codes >> torch.arange(num, device=seen.device)) % 2 == 1
         columns = [self.modalities.index(m) for m in seen.values]
-        subsets = self.subsets[:, columns].to(seen.device)
-        return subsets[subsets.any(-1)]
+        return self.subsets[:, columns].to(seen.device)
 
 
 def _mixture(loc: torch.Tensor, scale: torch.Tensor, there: torch.Tensor) -> TorchDistribution:

@@ -115,15 +115,15 @@ def check_values(
     *wrappers, base = layers(fn)
     if any(hasattr(wrapper, "_mask") for wrapper in wrappers) or isinstance(base, dist.Unit):
         return  # A factor has no value.
-    seen = value
-    if isinstance(mask, torch.Tensor):
-        batch_shape = value.shape[: value.dim() - fn.event_dim]
-        event_shape = value.shape[len(batch_shape) :]
-        batch_shape = torch.broadcast_shapes(batch_shape, mask.shape)
-        seen = value.expand(batch_shape + event_shape)[mask.expand(batch_shape)]
     if isinstance(base, dist.NanMaskedNormal | dist.NanMaskedMultivariateNormal):
         return  # NaN is how these say "not observed".
-    _check_finite(where, name, seen)
+    # Rows are selected by the mask for messages only: in a captured graph shapes are fixed.
+    if value.is_floating_point():
+        finite = value.isfinite()
+        if isinstance(mask, torch.Tensor):
+            finite = finite | ~mask[(..., *(None,) * fn.event_dim)]
+        if not finite.all():
+            _check_finite(where, name, _seen(value, mask, fn.event_dim))
     support = support_of(fn)
     if support is None:
         return
@@ -131,7 +131,17 @@ def check_values(
     if isinstance(mask, torch.Tensor):
         valid = valid | ~mask
     if not valid.all():
-        _raise_outside_support(where, name, seen, base, fn)
+        _raise_outside_support(where, name, _seen(value, mask, fn.event_dim), base, fn)
+
+
+def _seen(value: torch.Tensor, mask: Any, event_dim: int) -> torch.Tensor:
+    """The values that a mask lets through."""
+    if not isinstance(mask, torch.Tensor):
+        return value
+    batch_shape = value.shape[: value.dim() - event_dim]
+    event_shape = value.shape[len(batch_shape) :]
+    batch_shape = torch.broadcast_shapes(batch_shape, mask.shape)
+    return value.expand(batch_shape + event_shape)[mask.expand(batch_shape)]
 
 
 def support_of(fn: Any) -> Any:

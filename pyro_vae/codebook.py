@@ -155,29 +155,36 @@ class Codebook(nn.Module):
         return indices
 
     @torch.no_grad()
-    def update(self, vectors: torch.Tensor) -> None:
+    def update(self, vectors: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Moves the codes towards the vectors assigned to them: one step of the moving averages.
 
-        Does nothing in eval mode, and nothing without a ``decay``.
+        Does nothing in eval mode, nothing without a ``decay``, and nothing if there is no vector.
 
         Args:
             vectors: Encoded vectors, ``(*, D)``.
+            mask: Which of them there are, bool, ``(*)``; all by default.
         """
         vectors = vectors.reshape(-1, self.code_dim)
         if self.decay is None or not self.training or not len(vectors):
             return
         # Not in place: a program may have used the codes in a graph that is still to be walked.
         self.vectors, self.running_counts = self.vectors.clone(), self.running_counts.clone()
-        rate, codes = 1 - self.decay, self.vectors
+        present = vectors.new_ones(len(vectors), dtype=torch.bool)
+        if mask is not None:
+            present = mask.reshape(-1)
+            vectors = vectors.where(present.unsqueeze(-1), 0.0)
+        codes = self.vectors
+        rate = torch.where(present.any(), 1 - self.decay, 0.0).to(codes)
         indices = self.nearest(vectors)
-        counts = torch.zeros_like(self.running_counts)
-        counts.index_add_(0, indices, counts.new_ones(()).expand(len(vectors)))
+        counts = torch.zeros_like(self.running_counts).index_add_(0, indices, present.to(codes))
         sums = torch.zeros_like(codes).index_add_(0, indices, vectors)
         self.running_counts.lerp_(counts, rate)
         steps = rate * (sums - counts.unsqueeze(-1) * codes)
         used = (counts > 0).unsqueeze(-1)
         codes += torch.where(used, steps / self.running_counts.unsqueeze(-1), 0.0)
-        if self.revive_below is not None:
+        if mask is not None and self.revive_below is not None:
+            vectors = vectors[present]
+        if self.revive_below is not None and len(vectors):
             even = self.running_counts.mean()
             self._revive(self.running_counts < self.revive_below * even, even, vectors)
 

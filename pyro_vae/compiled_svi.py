@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+)
 from pyro.infer.util import torch_item
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
@@ -16,12 +22,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_vae.capture.errors import CaptureError
 from pyro_vae.capture.forms import Form, form_of
 from pyro_vae.capture.step import CapturedStep, capture_step
-from pyro_vae.capture.stock_run import StockRun
+from pyro_vae.capture.stock_run import StockRun, plain_run
 from pyro_vae.updates import Update
 
 __all__ = ["CaptureError", "CompiledSVI"]
 
 logger = logging.getLogger(__name__)
+
+_JIT_ELBOS = (JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO)
 
 
 class CompiledSVI:
@@ -41,6 +49,8 @@ class CompiledSVI:
         guide: The guide.
         optim: An optimizer of Pyro, or one of torch that was given the parameters.
         loss: An ELBO, one of our objectives, or a function ``loss(model, guide, *args)``.
+        loss_and_grads: With a function as loss, a function that returns the loss and leaves
+            gradients in ``.grad``; without it, the loss is differentiated.
         mode: ``"inductor"`` to compile graphs, ``"graph"`` to run their operations one by one,
             which needs no compiler and starts at once.
         strict: Whether to raise where a program cannot be captured.
@@ -75,6 +85,7 @@ class CompiledSVI:
         guide: Callable[..., Any],
         optim: PyroOptim | torch.optim.Optimizer,
         loss: Any,
+        loss_and_grads: Callable[..., Any] | None = None,
         *,
         mode: Literal["inductor", "graph"] = "inductor",
         strict: bool = False,
@@ -102,9 +113,9 @@ class CompiledSVI:
         of_elbo = issubclass(type(loss), ELBO)
         self.loss: Callable[..., Any] = loss.loss if of_elbo else loss
         self.loss_and_grads: Callable[..., Any] = (
-            loss.loss_and_grads if of_elbo else _gradients_of(loss)
+            loss.loss_and_grads if of_elbo else loss_and_grads or _gradients_of(loss)
         )
-        self._update = Update(optim)
+        self._update, self._update_by = Update(optim), optim
         self._by_form: dict[Form, list[CapturedStep]] = {}
         self._failures: dict[Form, int] = {}
         self._refused: set[Form] = set()
@@ -229,6 +240,9 @@ class CompiledSVI:
         if len(self.graphs) >= self.max_graphs:
             self._refuse(form, self._too_many(form))
             return self._stock_step(args, kwargs)
+        if isinstance(self.objective, _JIT_ELBOS):
+            self._refuse(form, "torch.jit compiles its loss. Pass the ELBO without 'Jit'")
+            return self._stock_step(args, kwargs)
         stock = StockRun(self, args, kwargs)
         try:
             captured = capture_step(self, stock, form, leaves, self._warn)
@@ -264,9 +278,10 @@ class CompiledSVI:
         return self._after(stock)
 
     def _stock_step(self, args: Any, kwargs: Any) -> Any:
-        stock = StockRun(self, args, kwargs)
-        stock.finish()
-        return self._after(stock)
+        loss, parameters, gradients = plain_run(self, args, kwargs)
+        self._apply(parameters, gradients)
+        self._num_steps += 1
+        return loss
 
     def _after(self, stock: StockRun) -> Any:
         self._apply(stock.parameters, stock.gradients)
@@ -278,7 +293,11 @@ class CompiledSVI:
     ) -> None:
         """Updates the parameters; one that had a gradient before has a zero one now, as in SVI."""
         moved, by = [], []
+        adds = isinstance(self.optim, PyroOptim)
         for parameter, gradient in zip(parameters, gradients, strict=True):
+            if adds and parameter.grad is not None:  # The user's own, which SVI adds to its.
+                gradient = parameter.grad if gradient is None else parameter.grad + gradient
+                parameter.grad = None
             if gradient is None:
                 if id(parameter) not in self._graded:
                     continue
@@ -288,6 +307,8 @@ class CompiledSVI:
             moved.append(parameter)
             by.append(gradient)
         if moved:
+            if self._update_by is not self.optim:  # A user put another one in its place.
+                self._update, self._update_by = Update(self.optim), self.optim
             self._update(moved, by)
 
     def _refuse(self, form: Form | None, reason: str, cause: Exception | None = None) -> None:

@@ -4,11 +4,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro.optim import PyroOptim
-from pyro.optim.optim import is_scheduler
+from pyro.optim.optim import _load_state_dict, is_scheduler
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.adam import adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.sgd import sgd
 
 __all__ = ["Update"]
@@ -35,6 +37,7 @@ class Update:
         self._owned: list[Owned] = []
         self._clips: list[Callable[[torch.Tensor], None] | None] = []
         self._groups: list[dict[str, Any]] = []
+        self._num_held = 0
         self._options: Any = None
         self._joint: list[Callable[[Sequence[torch.Tensor]], None]] = []
 
@@ -42,12 +45,15 @@ class Update:
         self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
     ) -> None:
         """Takes a step; where a torch optimizer has hooks, it takes it by itself."""
-        if len(parameters) != len(self._known) or any(
-            a is not b for a, b in zip(parameters, self._known, strict=True)
+        if (
+            len(parameters) != len(self._known)
+            or any(a is not b for a, b in zip(parameters, self._known, strict=True))
+            or self._has_new_owners()
         ):
             self._adopt(tuple(parameters))
             return self._step_of_owners(gradients)
-        if any(self._clips) or self._has_hooks() or not self._is_ready():
+        is_sparse = any(gradient.layout is not torch.strided for gradient in gradients)
+        if is_sparse or any(self._clips) or self._has_hooks() or not self._is_ready():
             return self._step_of_owners(gradients)
         with torch.no_grad():
             for step in self._joint:
@@ -60,6 +66,7 @@ class Update:
         if isinstance(self._optim, Optimizer):
             groups = {id(p): g for g in self._optim.param_groups for p in g["params"]}
             self._owned = [(p, self._optim, groups[id(p)]) for p in parameters if id(p) in groups]
+            self._num_held = _num_held(self._optim)
         else:
             for parameter in parameters:
                 optimizer = _optimizer_of(self._optim, parameter)
@@ -67,16 +74,31 @@ class Update:
                 self._clips.append(self._optim.grad_clip[parameter])
         self._groups = list({id(group): group for _, _, group in self._owned}.values())
 
+    def _has_new_owners(self) -> bool:
+        """Whether a parameter was added to a torch optimizer, or Pyro's were made anew."""
+        if isinstance(self._optim, Optimizer):
+            return self._num_held != _num_held(self._optim)
+        now = (_without_scheduler(self._optim.optim_objs.get(p)) for p in self._known)
+        return any(a is not b for a, (_, b, _) in zip(now, self._owned, strict=True))
+
     def _has_hooks(self) -> bool:
-        optim = self._optim
-        return isinstance(optim, Optimizer) and bool(
-            optim._optimizer_step_pre_hooks or optim._optimizer_step_post_hooks
+        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            return True
+        return any(
+            optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+            for _, optimizer, _ in self._owned
         )
 
     def _is_ready(self) -> bool:
         """Whether the joint steps belong to the options and the state there are now."""
         options = [tuple(group.values()) for group in self._groups]
-        states = [id(optimizer.state.get(p)) for p, optimizer, _ in self._owned]
+        # Others may do more in a step than move what they are given.
+        if any(not type(o).__module__.startswith("torch.optim") for _, o, _ in self._owned):
+            return False
+        states = [
+            (id(state := optimizer.state.get(p, {})), *map(id, state.values()))
+            for p, optimizer, _ in self._owned
+        ]
         if (options, states) != self._options:
             self._options, self._joint = (options, states), list(self._joint_steps())
         return bool(self._joint)
@@ -114,14 +136,22 @@ class Update:
 def _optimizer_of(optim: PyroOptim, parameter: torch.Tensor) -> Optimizer:
     """The optimizer that Pyro keeps for a parameter; made as Pyro makes it if it is new."""
     if parameter not in optim.optim_objs:
-        before = parameter.grad
-        parameter.grad = None  # Nothing moves: a parameter without gradient is passed over.
-        try:
-            optim([parameter])
-        finally:
-            parameter.grad = before
-    found = optim.optim_objs[parameter]
+        optim.optim_objs[parameter] = found = optim._get_optim(parameter)
+        optim.grad_clip[parameter] = optim._get_grad_clip(parameter)
+        name = pyro.get_param_store().param_name(parameter)
+        state = optim._state_waiting_to_be_consumed.pop(name, None)
+        if state is not None:
+            _load_state_dict(found, state)
+    optimizer: Optimizer = _without_scheduler(optim.optim_objs[parameter])
+    return optimizer
+
+
+def _without_scheduler(found: Any) -> Any:
     return found.optimizer if is_scheduler(found) else found
+
+
+def _num_held(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _hashable(value: Any) -> Any:

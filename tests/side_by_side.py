@@ -51,9 +51,7 @@ class ByHand:
         return float(loss)
 
 
-def train(
-    build: Callable[[], Training], num_steps: int, compiled: bool, **options: Any
-) -> Course:
+def train(build: Callable[[], Training], num_steps: int, compiled: bool, **options: Any) -> Course:
     """Trains from a fresh start; with ``compiled`` by ``CompiledSVI`` without compiler."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)

@@ -16,7 +16,9 @@ _TOLERANCE_OF_SHORT_FLOATS = 2e-2
 
 def precision_of(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The shortest floating-point type among tensors, which bounds the precision of results."""
-    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dim()}
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    # Where there are others, 0-d tensors do not decide the type of a result.
+    kinds = {tensor.dtype for tensor in [t for t in floats if t.dim()] or floats}
     return min(kinds, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float64)
 
 

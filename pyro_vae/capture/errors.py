@@ -45,12 +45,18 @@ def calling_line() -> str:
     """File and line of the innermost frame of the user's, else of a library."""
     innermost = outer_frame()
     frame: FrameType | None = innermost
-    while frame is not None and (is_library(_name(frame)) or _name(frame).startswith(_MACHINERY)):
+    while frame is not None and _is_ours(frame):
         frame = frame.f_back
     # A program is called from within `step`, so what lies outside it is not to blame.
     if frame is None or _holds_step(frame, innermost):
         frame = innermost
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether a frame is of a library or of machinery; code that torch.fx writes has no name."""
+    name = _name(frame)
+    return not name or is_library(name) or name.startswith(_MACHINERY)
 
 
 def _name(frame: FrameType) -> str:

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.capture.errors import CaptureError, where_now
 from pyro_vae.capture.recording import Effects, Readings, Shapes
+from pyro_vae.capture.selections import Selections
 
 __all__ = ["Graph", "capture"]
 
@@ -69,10 +70,11 @@ def capture(function: Callable[..., list[Any]], inputs: Sequence[torch.Tensor]) 
     # Aliases: a program may know the same tensor as a global, which does not change with them.
     given = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
     effects = Effects()
-    readings = Readings(effects, given)
+    readings = Readings(effects)
     result: dict[str, Any] = {}
 
     def flat(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        readings.start(tensors)
         with Shapes(), effects:
             leaves = function(*tensors)
             returned = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -85,10 +87,10 @@ def capture(function: Callable[..., list[Any]], inputs: Sequence[torch.Tensor]) 
             return returned
 
     try:
-        with readings:
+        with readings, Selections(readings):
             module = make_fx(flat)(*given)
-    except CaptureError:
-        raise
+    except CaptureError as err:  # Pyro appends the shapes of the trace, line by line.
+        raise CaptureError(str(err).partition("\n")[0]) from err
     except Exception as err:
         reason = " ".join(str(err).split()) or type(err).__name__
         if "get value out of a tracing tensor" in reason:

@@ -13,9 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_vae.capture.errors import CaptureError, is_library, outer_frame, where_now
 
-__all__ = ["Effects", "Readings"]
+__all__ = ["Effects", "Readings", "memory_of"]
 
 _NAN_CHECKS = {pyro.util.warn_if_nan.__code__, pyro.util.warn_if_inf.__code__}
+# Their schemas do not say that they update the running statistics.
+_BATCH_NORMS = {
+    getattr(torch.ops.aten, name).default
+    for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+}
+_RUNNING = {"running_mean", "running_var"}
 _PARAMETER_CHECK = torch.distributions.Distribution.__init__.__code__
 _NUMBERS: dict[Any, Callable[[Any], Any]] = {
     torch.Tensor.__bool__: bool,
@@ -25,7 +31,12 @@ _NUMBERS: dict[Any, Callable[[Any], Any]] = {
     torch.Tensor.tolist: lambda value: value.tolist(),
     torch.Tensor.numpy: lambda value: value.numpy(),
     torch.Tensor.__array__: lambda value: value.numpy(),
+    torch.Tensor.__dlpack__: lambda value: value.__dlpack__(),
 }
+_IN_C = {  # These look into the memory, where no trace sees them.
+    *(torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
+}
+_OF_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
 
 
 class Effects(TorchDispatchMode):
@@ -39,6 +50,8 @@ class Effects(TorchDispatchMode):
         super().__init__()
         self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._made: dict[int, torch.Tensor] = {}  # Kept alive, so that no id comes twice.
+        self._is_new: dict[int, bool] = {}  # By memory: `x.detach()` is new, its memory is not.
+        self._held: list[torch.Tensor] = []
 
     def is_made_here(self, tensor: torch.Tensor) -> bool:
         """Whether an operation of this run returned the tensor."""
@@ -46,23 +59,33 @@ class Effects(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if func is not torch.ops.aten.lift_fresh.default:  # It is given a literal.
+            self._note([args, kwargs], is_new=False)
+        if func._schema.is_mutable or func in _BATCH_NORMS:
             self._keep(func, args, kwargs)
         result = func(*args, **kwargs)
+        self._note(result, is_new=True)
         for tensor in _tensors(result):
             if id(tensor) not in self.before:
                 self._made[id(tensor)] = tensor
         return result
 
+    def _note(self, value: Any, *, is_new: bool) -> None:
+        for tensor in _tensors(value):
+            if memory_of(tensor) not in self._is_new:
+                self._is_new[memory_of(tensor)] = is_new
+                self._held.append(tensor)
+
     def _keep(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
+            is_write = argument.alias_info is not None and argument.alias_info.is_write
+            if not is_write and argument.name not in _RUNNING:
                 continue
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             for tensor in _tensors(value):
                 base = tensor if tensor._base is None else tensor._base
                 for changed in (tensor, base):
-                    if id(changed) not in self._made and id(changed) not in self.before:
+                    if not self._is_new[memory_of(tensor)] and id(changed) not in self.before:
                         self.before[id(changed)] = changed, changed.detach().clone()
 
     def put_back(self) -> None:
@@ -80,7 +103,8 @@ class Shapes(TorchDispatchMode):
     """Refuses operations whose shapes depend on values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.dynamic_output_shape in func.tags or _selects(func, args):
+        depends = torch.Tag.dynamic_output_shape in func.tags
+        if _selects(func, args) or (depends and func is not torch.ops.aten.index.Tensor):
             raise CaptureError(
                 f"the shape that {func} returns depends on values, at {where_now()}. Use "
                 "torch.where, a mask, or a fixed number of rows"
@@ -114,13 +138,17 @@ class Readings(TorchFunctionMode):
         read: Tensors from outside, with copies of the values that were read.
     """
 
-    def __init__(self, effects: Effects, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, effects: Effects) -> None:
         super().__init__()
         self.assumed: list[tuple[torch.Tensor, bool]] = []
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._effects = effects
-        self._inputs = {id(tensor) for tensor in inputs}
+        self._inputs: dict[int, torch.Tensor] = {}
         self._answering = False
+
+    def start(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Tells which tensors are the arguments of the program."""
+        self._inputs = {id(tensor): tensor for tensor in inputs}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,6 +160,12 @@ class Readings(TorchFunctionMode):
             return None  # Pyro looks for NaN in gradients, where this mode does not reach.
         if func in _NUMBERS:
             return self._number(func, args[0])
+        if func in _OF_LISTS:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and not any(leaf is given for given in args):
+                    self._number(torch.Tensor.__float__, leaf)  # As `torch.tensor([x, y])` does.
+        if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise CaptureError(f"the program sets the data of a tensor at {where_now()}")
         return func(*args, **kwargs)
 
     def _item(self, tensor: torch.Tensor) -> Any:
@@ -170,11 +204,19 @@ class Readings(TorchFunctionMode):
         """The number where it was written in the program, as in ``torch.tensor(3)``."""
         self._answering = True
         try:
+            if func in _IN_C:
+                tensor.detach().sum().item()  # Raises where the memory is not that of a literal.
             return _NUMBERS[func](tensor)
         except (RuntimeError, TypeError):  # make_fx: a value out of a tracing tensor.
             return None
         finally:
             self._answering = False
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Identifies the memory of a tensor, which others may share."""
+    is_strided = tensor.layout is torch.strided
+    return int(tensor.untyped_storage()._cdata) if is_strided else id(tensor)
 
 
 @contextmanager

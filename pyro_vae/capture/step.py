@@ -12,7 +12,7 @@ from pyro_vae.capture.compilation import Compiled, compile_graph, interpret
 from pyro_vae.capture.errors import CaptureError
 from pyro_vae.capture.forms import Form, TensorForm
 from pyro_vae.capture.graph import Graph, capture
-from pyro_vae.capture.stock_run import StockRun, loss_and_sites, unconstrained
+from pyro_vae.capture.stock_run import ROOTS, StockRun, loss_and_sites, unconstrained
 from pyro_vae.capture.surroundings import Surroundings
 
 __all__ = ["CapturedStep", "capture_step"]
@@ -40,8 +40,13 @@ def capture_step(
         )
     if stock.draws_elsewhere:
         raise CaptureError(
-            "it draws random numbers of Python or numpy, which would be the same for ever. Use "
-            "torch's"
+            "it draws random numbers of Python, numpy or a generator of its own, which would be "
+            "the same for ever. Use those of torch's global generator"
+        )
+    if stock.iterators:
+        raise CaptureError(
+            f"it can advance {stock.iterators[0]}, an iterator, which a graph would not. Pass its "
+            "values as arguments"
         )
     start = time.perf_counter()
     stock.rewind()
@@ -91,7 +96,7 @@ class CapturedStep:
         self.graph, self.form, self.backend = graph, form, "graph"
         self.num_steps = self.last_check = 1
         self._compiled: Compiled = interpret(graph)
-        self._around = Surroundings(stock.roots, stock.names)
+        self._around = Surroundings(stock.owner, ROOTS, stock.names)
         places = self._around.places_of([*graph.outside, *stock.parameters])
         self._outside = [(tensor, places.get(id(tensor))) for tensor in graph.outside]
         self._parameters = [(tensor, places.get(id(tensor))) for tensor in stock.parameters]
@@ -103,6 +108,13 @@ class CapturedStep:
             for place in [*places.values(), *self._replaced]
             if place is not None
         }
+        self._twins = {
+            place: [p for p in self._around.places if p.value is place.value and p is not place]
+            for place in self._forms
+        }
+        self._traits = [_traits(tensor) for tensor in self._tensors()]
+        self._num_tensors = len(set(map(id, self._tensors())))
+        self._all_places = [place for _, place in [*self._outside, *self._parameters]]
 
     def __str__(self) -> str:
         return (
@@ -113,15 +125,28 @@ class CapturedStep:
 
     def changed_place(self) -> str | None:
         """The name of something the program reads that is no longer as it was, if any."""
-        for place in self._around.changed():
+        changed = self._around.changed()
+        for place in changed:
             now = place.read()
             form = self._forms.get(place)
             if form is None or type(now) is not type(place.value) or TensorForm.of(now) != form:
                 return place.name
-            place.value = now  # Another tensor of the same form: it is taken from there.
+            if any(other.read() is not now for other in self._twins[place]):
+                return place.name  # What was one tensor in two places is not any more.
+        for place in changed:
+            place.value = place.read()  # Another tensor of the same form: it is taken from there.
+        tensors = self._tensors()
+        if changed and len(set(map(id, tensors))) < self._num_tensors:
+            return changed[0].name  # Two tensors have become one.
+        for tensor, traits, at in zip(tensors, self._traits, self._all_places, strict=True):
+            if _traits(tensor) != traits:
+                return f"the form of {'a tensor' if at is None else at.name}"
         if not all(torch.equal(tensor, values) for tensor, values in self.graph.read):
             return "a tensor of which it reads the number"
         return None
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [t if p is None else p.value for t, p in [*self._outside, *self._parameters]]
 
     def parameters(self) -> list[torch.Tensor]:
         """The unconstrained parameters, from where they are kept."""
@@ -141,8 +166,13 @@ class CapturedStep:
             state = torch.get_rng_state()
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
             kept = [(tensor, tensor.detach().clone()) for tensor in self.graph.changed]
-        outputs = self._outputs(leaves)
-        if self.graph.assumes and not self.graph.holds(outputs):
+        outputs = None
+        try:
+            outputs = self._outputs(leaves)
+        except (RuntimeError, IndexError):  # An index that is out of range, for instance.
+            if not self.graph.assumes:
+                raise
+        if outputs is None or (self.graph.assumes and not self.graph.holds(outputs)):
             torch.set_rng_state(state)
             if cuda is not None:
                 torch.cuda.set_rng_state_all(cuda)
@@ -150,6 +180,7 @@ class CapturedStep:
                 for tensor, values in kept:
                     tensor.detach().copy_(values)
             return None
+        self._around.clear_caches()
         result = self.graph.result(outputs)
         last = len(result) - len(self._replaced)
         for place, value in zip(self._replaced, result[last:], strict=True):
@@ -213,3 +244,16 @@ class CapturedStep:
             compare(place.name, place.read(), new, self._precision)
         stock.compare_end(self._precision)
         self.last_check = self.num_steps
+
+
+def _traits(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What may change of a tensor that stays the same object."""
+    hooks = tensor._backward_hooks
+    return (
+        tensor.requires_grad,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        hooks and tuple(hooks),
+        getattr(tensor, "_post_accumulate_grad_hooks", None) and True,
+    )

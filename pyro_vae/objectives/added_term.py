@@ -57,7 +57,8 @@ class AddedTermELBO(ELBO):
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The negative bound of the inner ELBO, nats, summed over all data."""
-        return float(self.elbo.loss(model, guide, *args, **kwargs))
+        loss: float = self.elbo.loss(model, guide, *args, **kwargs)
+        return loss
 
     def differentiable_loss(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -111,7 +112,8 @@ class _Recorder(Messenger):
 
     def taken(self) -> list[tuple[Any, Any, Any]]:
         """The sites kept so far, which are forgotten."""
-        sites, self._sites = self._sites, []
+        sites = list(self._sites)
+        self._sites.clear()  # The same list in every run.
         return sites
 
     def _pyro_post_sample(self, msg: Any) -> None:

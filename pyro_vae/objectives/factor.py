@@ -43,7 +43,8 @@ class TraceFactor_ELBO(CodeObjective):
         discriminator: Network from codes ``(batch, D)`` to logits ``(batch,)`` or
             ``(batch, 1)``, on the device of the codes. It stays in the mode it is in.
         optimizer: Optimizer from ``torch.optim`` of its parameters; by default the paper's,
-            Adam with a learning rate of 1e-4 and betas (0.5, 0.9).
+            Adam with a learning rate of 1e-4 and betas (0.5, 0.9). ``CompiledSVI`` needs one that
+            is made with ``fused=True``, as this is.
         sites: Latents that make up the code; all in the data plate by default.
         num_particles: Samples from the guide.
         vectorize_particles: Whether to run them at once in an outermost plate; by default
@@ -102,7 +103,7 @@ class TraceFactor_ELBO(CodeObjective):
                 "Pass a network such as MLP(latent_dim, [1000] * 5, 1)."
             )
         if optimizer is None:
-            optimizer = torch.optim.Adam(trainable, lr=1e-4, betas=(0.5, 0.9))
+            optimizer = torch.optim.Adam(trainable, lr=1e-4, betas=(0.5, 0.9), fused=True)
         _check_optimizer(optimizer, discriminator)
         self.discriminator, self.optimizer = discriminator, optimizer
 

@@ -151,15 +151,22 @@ class TraceInterplay_ELBO(Objective):
             return value, value, torch.zeros_like(value)
         with torch.no_grad():
             latents, log_weight = chain.run(chain.joint, (self.num_chains,))
+            value, relative = _log_mean(log_weight), _relative_error(log_weight)
+            # Weighted: an expectation under p, even where the chains have not arrived there.
+            weights = log_weight.softmax(0)
             if not chain.joint.batch_shape:
-                of_data = _through_the_guide(runs, chain.joint)
-                if _finds_more(of_data[1], log_weight):
-                    latents, log_weight = of_data
-        value = _log_mean(log_weight)
-        relative = (log_weight - value).exp().std(0) / math.sqrt(len(log_weight))
-        # Weighted: an expectation under p, even where the chains have not arrived there.
-        weighted = log_weight.softmax(0) * chain.joint.log_density(latents)
-        return value, weighted.sum(0), relative
+                others, other_weight = _through_the_guide(runs, chain.joint)
+                more = _finds_more(other_weight, log_weight)
+                value = torch.where(more, _log_mean(other_weight), value)
+                relative = torch.where(more, _relative_error(other_weight), relative)
+                weights = torch.cat(
+                    [
+                        torch.where(more, 0.0, weights),
+                        torch.where(more, other_weight.softmax(0), 0.0),
+                    ]
+                )
+                latents = {name: torch.cat([z, others[name]]) for name, z in latents.items()}
+        return value, (weights * chain.joint.log_density(latents)).sum(0), relative
 
     def _check(self, pair: Pair) -> None:
         where, run = "TraceInterplay_ELBO", Run.of(pair)
@@ -188,18 +195,23 @@ class TraceInterplay_ELBO(Objective):
             )
 
 
-def _finds_more(log_weight: torch.Tensor, than: torch.Tensor) -> bool:
+def _finds_more(log_weight: torch.Tensor, than: torch.Tensor) -> torch.Tensor:
     """Whether weights show a part of Z that is larger than all that others show.
 
     Without the largest of them, too: the weights from the guide have heavy tails, and the larger
     of two estimates would often be the one with the luckier draw.
     """
     others = log_weight.sort().values[:-1]
-    return bool(others.logsumexp(0) - math.log(len(log_weight)) > _log_mean(than) + math.log(2))
+    return others.logsumexp(0) - math.log(len(log_weight)) > _log_mean(than) + math.log(2)
 
 
 def _log_mean(log_weight: torch.Tensor) -> torch.Tensor:
     return log_weight.logsumexp(0) - math.log(len(log_weight))
+
+
+def _relative_error(log_weight: torch.Tensor) -> torch.Tensor:
+    relative = (log_weight - _log_mean(log_weight)).exp()
+    return relative.std(0) / math.sqrt(len(log_weight))
 
 
 def _through_the_guide(

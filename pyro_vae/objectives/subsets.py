@@ -176,7 +176,7 @@ class TraceSubsets_ELBO(ELBO):
         bound = 0.0
         for call in self._calls(model, guide, batch, present, kwargs):
             value = call.of(call.inner.loss_and_grads) if call.trains else call.loss()
-            bound += float(value) if call.reports else 0.0
+            bound += value if call.reports else 0.0  # Not float(): it may be a tensor.
         return bound
 
     def differentiable_loss(
@@ -273,7 +273,8 @@ class _Call:
 
     def loss(self) -> float:
         with torch.no_grad():
-            return float(self.of(self.inner.loss))
+            value: float = self.of(self.inner.loss)
+        return value
 
     def training_loss(self) -> torch.Tensor:
         inner = self.inner

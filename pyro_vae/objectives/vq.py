@@ -88,7 +88,7 @@ class TraceVQ_ELBO(AddedTermELBO):
                 "guides.NearestCode; with a temperature it has them in train mode alone."
             )
         for codebook, vectors in assigned.vectors.items():
-            codebook.update(torch.cat(vectors))
+            codebook.update(torch.cat(vectors), torch.cat(assigned.masks[codebook]))
         return loss
 
     def _wanted(self, fn: Any) -> bool:
@@ -116,11 +116,12 @@ def _nearest(fn: Any) -> NearestCodes | None:
 
 
 class _Assigned(Messenger):
-    """Keeps the encoded vectors that are data, by codebook."""
+    """Keeps encoded vectors, and which of them are data, by codebook."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vectors: dict[Codebook, list[torch.Tensor]] = {}
+        self.masks: dict[Codebook, list[torch.Tensor]] = {}
 
     def _pyro_post_sample(self, msg: Any) -> None:
         fn = _nearest(msg["fn"])
@@ -128,9 +129,10 @@ class _Assigned(Messenger):
         if fn is None or not is_latent(msg) or not torch.is_grad_enabled():
             return
         encoded = fn.encoded.detach().expand(*fn.batch_shape, *fn.event_shape)
-        mask = mask_of(msg)
+        mask, is_data = mask_of(msg), torch.ones_like(encoded[..., 0], dtype=torch.bool)
         if mask is not None:
             outer = msg["fn"].batch_shape
             mask = mask.expand(outer).reshape(outer + (1,) * (len(fn.batch_shape) - len(outer)))
-            encoded = encoded[mask.expand(fn.batch_shape)]
+            is_data = is_data & mask.expand(fn.batch_shape).unsqueeze(-1)
+        self.masks.setdefault(fn.codebook, []).append(is_data.flatten())
         self.vectors.setdefault(fn.codebook, []).append(encoded.reshape(-1, encoded.shape[-1]))

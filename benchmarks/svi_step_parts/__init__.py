@@ -1,0 +1,1 @@
+"""What ``benchmarks/svi_step.py`` times; nothing here does anything when run."""
