@@ -10,6 +10,7 @@ from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 from torch.distributions import constraints
 
 from pyro_vae import CompiledSVI
+from pyro_vae.capture.comparison import precision_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -146,3 +147,10 @@ def test_elbos_of_torch_jit_are_left_to_pyro() -> None:
     with pytest.warns(UserWarning, match="without 'Jit'"):
         assert svi.step() > 0
     assert not svi.graphs
+
+
+def test_precision_of_programs_without_dimensions() -> None:
+    single, double = torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.float64)
+    assert precision_of([single, single]) == torch.float32
+    assert precision_of([single, double[None]]) == torch.float64
+    assert precision_of([]) == torch.float64

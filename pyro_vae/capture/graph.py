@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.capture.errors import CaptureError, where_now
-from pyro_vae.capture.recording import Effects, Readings, Shapes
+from pyro_vae.capture.errors import CaptureError, is_library, where_now
+from pyro_vae.capture.recording import Effects, Readings, Shapes, memory_of
 from pyro_vae.capture.selections import Selections
 
 __all__ = ["Graph", "capture"]
@@ -28,14 +28,14 @@ class Graph:
             numbers that nothing uses.
         outside: The tensors it found outside of its inputs.
         read: Tensors of which it read a number, with the values then.
-        changed: The tensors it changes in place, among them those of ``outside``.
+        changed: Which of ``[*inputs, *outside]`` it changes in place, by position.
         assumes: Whether it assumed anything of values.
     """
 
     module: fx.GraphModule
     outside: list[torch.Tensor]
     read: list[tuple[torch.Tensor, torch.Tensor]]
-    changed: list[torch.Tensor]
+    changed: list[int]
     assumes: bool
     _num_returned: int
     _constants: dict[int, Any]
@@ -99,7 +99,8 @@ def capture(function: Callable[..., list[Any]], inputs: Sequence[torch.Tensor]) 
     finally:
         effects.put_back()
     outside = _lift(module)
-    changed = [tensor for tensor, _ in effects.before.values()]
+    memory = {memory_of(tensor) for tensor, _ in effects.before.values()}
+    changed = [i for i, t in enumerate([*given, *outside]) if memory_of(t) in memory]
     return Graph(
         module,
         outside,
@@ -113,8 +114,6 @@ def capture(function: Callable[..., list[Any]], inputs: Sequence[torch.Tensor]) 
 
 def _line_of(err: BaseException) -> str:
     """The user's line in a traceback, as part of a sentence."""
-    from pyro_vae.capture.errors import is_library
-
     line = where_now()
     trace = err.__traceback__
     while trace is not None:

@@ -164,7 +164,7 @@ class Readings(TorchFunctionMode):
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and not any(leaf is given for given in args):
                     self._number(torch.Tensor.__float__, leaf)  # As `torch.tensor([x, y])` does.
-        if func is torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             raise CaptureError(f"the program sets the data of a tensor at {where_now()}")
         return func(*args, **kwargs)
 

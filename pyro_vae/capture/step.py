@@ -162,13 +162,15 @@ class CapturedStep:
 
     def __call__(self, leaves: Sequence[Any]) -> tuple[Any, list[torch.Tensor | None]] | None:
         """Loss and gradients; ``None``, and nothing done, if values are not as was assumed."""
+        tensors = self._inputs(leaves)
         if self.graph.assumes:
             state = torch.get_rng_state()
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-            kept = [(tensor, tensor.detach().clone()) for tensor in self.graph.changed]
+            kept = [(tensors[i], tensors[i].detach().clone()) for i in self.graph.changed]
         outputs = None
         try:
-            outputs = self._outputs(leaves)
+            with torch.no_grad():
+                outputs = self._compiled(tensors)
         except (RuntimeError, IndexError):  # An index that is out of range, for instance.
             if not self.graph.assumes:
                 raise
@@ -189,13 +191,11 @@ class CapturedStep:
         loss = result[0] if self._make_loss is None else self._make_loss(result[:first])
         return loss, result[first:last]
 
-    def _outputs(self, leaves: Sequence[Any]) -> Sequence[torch.Tensor]:
+    def _inputs(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         for tensor, place in self._outside:
             tensors.append(tensor if place is None else place.value)
-        with torch.no_grad():
-            outputs: Sequence[torch.Tensor] = self._compiled(tensors)
-        return outputs
+        return tensors
 
     def compile(self, stock: StockRun, leaves: Sequence[Any], warn: Callable[[str], None]) -> None:
         """Compiles the graph; where that fails it stays as it is.

@@ -26,7 +26,6 @@ import numpy as np
 import pyro
 import torch
 from torch import nn
-from torch.distributions import Transform
 from torch.distributions.transforms import Transform
 
 from pyro_vae.capture.errors import is_library
@@ -300,8 +299,6 @@ def _of_instance(name: str, value: Any) -> Found:
         for key, inner in list(table.items()):
             if is_module and key in _INTERNAL:
                 continue
-            if isinstance(value, Transform) and key.startswith("_cache") and key != "_cache_size":
-                continue  # Of its last input, which no other tensor is taken for.
             if isinstance(value, Transform) and key.startswith("_cache") and key != "_cache_size":
                 continue  # Of one pair of values, which `clear_caches` makes it forget.
             prefix = name if is_module and key in _KEPT - {"training"} else f"{name}.{key}"
