@@ -10,7 +10,7 @@ that. ``JitTrace_ELBO`` takes tensors alone. numpyro runs the same programs in a
 own, if its interpreter or that of ``--numpyro-python`` has the package, and need not return a loss
 before the next step. ``CompiledSVI.epoch`` and numpyro's loop shuffle the data as well. The limit
 is the matrix products and convolutions of stock Pyro's step alone, forward and backward. Takes
-about four minutes on two cores.
+about three minutes on two cores.
 """
 
 import argparse
