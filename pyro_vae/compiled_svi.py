@@ -145,7 +145,6 @@ class CompiledSVI:
         if form is not None and not _PYRO_STACK and form not in self._refused:
             for known in self._by_form.get(form, ()):
                 if known.changed_place() is None:
-                    self._last = known
                     return self._run(known, leaves, args, kwargs)
             if self._num_steps:  # Parameters are born, and first looks taken, in the first step.
                 return self._first_run(form, leaves, args, kwargs)
@@ -200,13 +199,13 @@ class CompiledSVI:
         for rows in batches:
             batch = [_rows(leaf, rows) for leaf in leaves]
             args = tree_unflatten(batch, spec)
-            # Between two batches nothing changes that a program reads, but for schedules.
+            # After a graph nothing has changed that a program reads, but for schedules.
             if known is not None and len(rows) == num_known and not schedules:
                 loss = self._run(known, batch, args, {})
-                known = known if known in self.graphs else None
             else:
                 loss = self.step_tensor(*args)
-                known, num_known = self._last, len(rows)
+                num_known = len(rows)
+            known = self._last
             losses.append(torch.as_tensor(loss))
             for schedule in schedules:
                 schedule.step()
@@ -226,6 +225,7 @@ class CompiledSVI:
         return "\n".join(str(graph) for graph in self.graphs)
 
     def _run(self, known: CapturedStep, leaves: list[Any], args: Any, kwargs: Any) -> Any:
+        self._last = None
         if known.is_due_for_check():
             return self._checked_run(known, leaves, args, kwargs)
         result = known(leaves)
@@ -233,6 +233,7 @@ class CompiledSVI:
             return self._stock_step(args, kwargs)
         loss, gradients = result
         self._apply(known.parameters(), gradients)
+        self._last = known
         return loss
 
     def _first_run(self, form: Form, leaves: list[Any], args: Any, kwargs: Any) -> Any:

@@ -72,3 +72,32 @@ def test_setting_the_data_of_a_tensor_is_left_to_pyro() -> None:
             losses[-1].append(svi.step(x))
         losses[-1] += [svi.step(x) for _ in range(5)]
     assert losses[0] == losses[1]
+
+
+def test_an_epoch_goes_on_from_tensors_that_pyro_replaced() -> None:
+    """At its comparisons a graph is not what wrote the average; the next step has to read it."""
+    ends = []
+    for compiled in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        holder = nn.Module()
+        holder.register_buffer("mean", torch.zeros(()))
+
+        def model(x, holder=holder):
+            loc = pyro.param("loc", torch.tensor(0.0))
+            holder.mean = 0.5 * holder.mean + 0.5 * x.mean()  # A new tensor every time.
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(loc + holder.mean, 1.0), obs=x)
+
+        adam = pyro.optim.Adam({"lr": 0.1})
+        data = torch.arange(24.0)
+        if compiled:
+            svi = CompiledSVI(model, empty_guide, adam, Trace_ELBO(), mode="graph", strict=True)
+            losses = svi.epoch(data, batch_size=2, shuffle=False).tolist()
+            assert len(svi.graphs) == 1
+        else:
+            svi = SVI(model, empty_guide, adam, Trace_ELBO())
+            losses = [svi.step(x) for x in data.split(2)]
+        ends.append((losses, holder.mean.item(), pyro.param("loc").item()))
+    assert ends[1][0] == pytest.approx(ends[0][0], rel=1e-12)
+    assert ends[1][1:] == pytest.approx(ends[0][1:], rel=1e-12)
