@@ -1,7 +1,7 @@
 """One update of all parameters, with the options and the state of the user's own optimizers."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -100,11 +100,11 @@ class Update:
             for p, optimizer, _ in self._owned
         ]
         if (options, states) != self._options:
-            self._options, self._joint = (options, states), list(self._joint_steps())
+            self._options, self._joint = (options, states), self._joint_steps()
         return bool(self._joint)
 
-    def _joint_steps(self) -> Iterator[Callable[[Sequence[torch.Tensor]], None]]:
-        """One step for each set of equal options; none if some parameter has no state yet."""
+    def _joint_steps(self) -> list[Callable[[Sequence[torch.Tensor]], None]]:
+        """One step for each set of equal options."""
         buckets: dict[Any, list[int]] = defaultdict(list)
         positions = {id(p): i for i, p in enumerate(self._known)}
         for parameter, optimizer, group in self._owned:
@@ -117,7 +117,7 @@ class Update:
             make = _FUSED.get(kind)
             step = make(owned) if make is not None else None
             steps.append(_at(where, step if step is not None else _together(owned)))
-        yield from steps
+        return steps
 
     def _step_of_owners(self, gradients: Sequence[torch.Tensor]) -> None:
         """Lets the optimizers themselves step, as Pyro does."""

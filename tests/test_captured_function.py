@@ -37,19 +37,22 @@ def pair() -> tuple[models.VAE, guides.AmortizedNormal]:
     )
 
 
-@pytest.mark.parametrize("chunk_size", [7, 10])
-def test_likelihood_is_the_same(without_compiler: list[object], chunk_size: int) -> None:
-    model, guide = pair()
-    x = torch.bernoulli(torch.full((6, 4), 0.5))
+def both_ways(*programs, **options):
+    """The estimate as it is and compiled, from the same random numbers."""
     estimates = []
     for compiled in (False, True):
         pyro.set_rng_seed(3)
         estimates.append(
-            importance_weighted_log_likelihood(
-                model, guide, x, num_particles=45, chunk_size=chunk_size, compiled=compiled
-            )
+            importance_weighted_log_likelihood(*programs, compiled=compiled, **options)
         )
-    first, second = estimates
+    return estimates
+
+
+@pytest.mark.parametrize("chunk_size", [7, 10])
+def test_likelihood_is_the_same(without_compiler: list[object], chunk_size: int) -> None:
+    model, guide = pair()
+    x = torch.bernoulli(torch.full((6, 4), 0.5))
+    first, second = both_ways(model, guide, x, num_particles=45, chunk_size=chunk_size)
     assert len(without_compiler) == 1
     torch.testing.assert_close(second.log_likelihood, first.log_likelihood, rtol=1e-12, atol=0)
     torch.testing.assert_close(second.standard_error, first.standard_error, rtol=1e-9, atol=0)
@@ -58,15 +61,8 @@ def test_likelihood_is_the_same(without_compiler: list[object], chunk_size: int)
 def test_likelihood_by_the_compiler() -> None:
     model, guide = pair()
     x = torch.bernoulli(torch.full((6, 4), 0.5))
-    values = []
-    for compiled in (False, True):
-        pyro.set_rng_seed(3)
-        values.append(
-            importance_weighted_log_likelihood(
-                model, guide, x, num_particles=64, chunk_size=16, compiled=compiled
-            ).log_likelihood
-        )
-    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=0)
+    first, second = both_ways(model, guide, x, num_particles=64, chunk_size=16)
+    torch.testing.assert_close(second.log_likelihood, first.log_likelihood, rtol=1e-12, atol=0)
 
 
 def test_what_depends_on_values_runs_as_it_is(without_compiler: list[object]) -> None:

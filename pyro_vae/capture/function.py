@@ -10,7 +10,7 @@ from pyro_vae.capture.compilation import Compiled, compile_graph
 from pyro_vae.capture.errors import CaptureError
 from pyro_vae.capture.forms import TensorForm
 from pyro_vae.capture.graph import Graph, capture
-from pyro_vae.capture.stock_run import RandomState
+from pyro_vae.capture.stock_run import RandomState, TorchRandomState
 
 __all__ = ["CapturedFunction"]
 
@@ -42,11 +42,11 @@ class CapturedFunction:
         known = self._graphs.get(form)
         if known is not None:
             graph, compiled = known
-            state = torch.get_rng_state() if graph.assumes else None
+            state = TorchRandomState() if graph.assumes else None
             outputs = compiled([*values.values(), *graph.outside])
             if state is None or graph.holds(outputs):
                 return graph.result(outputs)[0]
-            torch.set_rng_state(state)
+            state.restore()
         elif form in self._seen and form not in self._graphs:
             return self._captured(form, values, num)
         self._seen.add(form)

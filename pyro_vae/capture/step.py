@@ -12,7 +12,7 @@ from pyro_vae.capture.compilation import Compiled, compile_graph, interpret
 from pyro_vae.capture.errors import CaptureError
 from pyro_vae.capture.forms import Form, TensorForm
 from pyro_vae.capture.graph import Graph, capture
-from pyro_vae.capture.stock_run import ROOTS, StockRun, loss_and_sites, unconstrained
+from pyro_vae.capture.stock_run import ROOTS, StockRun, TorchRandomState, plain_run
 from pyro_vae.capture.surroundings import Surroundings
 
 __all__ = ["CapturedStep", "capture_step"]
@@ -68,14 +68,13 @@ def _run(svi: Any, stock: StockRun, spec: TreeSpec, leaves: Any, tensors: Any) -
     given = iter(tensors)
     filled = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     args, kwargs = tree_unflatten(filled, spec)
-    loss, sites = loss_and_sites(svi, args, kwargs)
-    gradients = [parameter.grad for parameter in stock.parameters]
-    for parameter in stock.parameters:
-        parameter.grad = None
-    if set(map(id, stock.parameters)) != {id(unconstrained(v)) for v in sites.values()}:
+    loss, parameters, gradients = plain_run(svi, args, kwargs)
+    by_id = dict(zip(map(id, parameters), gradients, strict=True))
+    if by_id.keys() != set(map(id, stock.parameters)):
         raise CaptureError("its param statements are not the same in every run")
     losses = loss if isinstance(loss, tuple) else (loss,)
-    return [*losses, *gradients, *(place.read() for place, _, _ in stock.replaced)]
+    ordered = [by_id[id(parameter)] for parameter in stock.parameters]
+    return [*losses, *ordered, *(place.read() for place, _, _ in stock.replaced)]
 
 
 class CapturedStep:
@@ -164,8 +163,7 @@ class CapturedStep:
         """Loss and gradients; ``None``, and nothing done, if values are not as was assumed."""
         tensors = self._inputs(leaves)
         if self.graph.assumes:
-            state = torch.get_rng_state()
-            cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+            state = TorchRandomState()
             kept = [(tensors[i], tensors[i].detach().clone()) for i in self.graph.changed]
         outputs = None
         try:
@@ -175,9 +173,7 @@ class CapturedStep:
             if not self.graph.assumes:
                 raise
         if outputs is None or (self.graph.assumes and not self.graph.holds(outputs)):
-            torch.set_rng_state(state)
-            if cuda is not None:
-                torch.cuda.set_rng_state_all(cuda)
+            state.restore()
             with torch.no_grad():
                 for tensor, values in kept:
                     tensor.detach().copy_(values)

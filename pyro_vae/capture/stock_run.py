@@ -15,7 +15,7 @@ from pyro_vae.capture.errors import CaptureError
 from pyro_vae.capture.recording import Effects
 from pyro_vae.capture.surroundings import Surroundings
 
-__all__ = ["ROOTS", "RandomState", "StockRun", "loss_and_sites", "plain_run", "unconstrained"]
+__all__ = ["ROOTS", "RandomState", "StockRun", "TorchRandomState", "plain_run"]
 
 ROOTS = {
     "model": "model",
@@ -26,7 +26,26 @@ ROOTS = {
 """Attributes of a ``CompiledSVI`` that make its program, with the names that messages give them."""
 
 
-class RandomState:
+class TorchRandomState:
+    """The states of torch's generators, those of GPUs in use among them."""
+
+    def __init__(self) -> None:
+        self.torch = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Puts the states back."""
+        torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+    def same_in_torch(self, other: "TorchRandomState") -> bool:
+        """Whether torch's generators stand where they stood then."""
+        pairs = zip([self.torch, *self.cuda], [other.torch, *other.cuda], strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+
+class RandomState(TorchRandomState):
     """The states of all generators a program may draw from.
 
     Args:
@@ -34,16 +53,13 @@ class RandomState:
     """
 
     def __init__(self, own: Sequence[Any] = ()) -> None:
-        self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        super().__init__()
         self.elsewhere = random.getstate(), np.random.get_state()
         self.own = [(generator, _state_of(generator)) for generator in own]
 
     def restore(self) -> None:
         """Puts the states back."""
-        torch.set_rng_state(self.torch)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+        super().restore()
         random.setstate(self.elsewhere[0])
         np.random.set_state(self.elsewhere[1])
         for generator, state in self.own:
@@ -53,11 +69,6 @@ class RandomState:
                 generator.setstate(state)
             else:
                 generator.bit_generator.state = state
-
-    def same_in_torch(self, other: "RandomState") -> bool:
-        """Whether torch's generators stand where they stood then."""
-        pairs = zip([self.torch, *self.cuda], [other.torch, *other.cuda], strict=True)
-        return all(torch.equal(a, b) for a, b in pairs)
 
     def same_elsewhere(self, other: "RandomState") -> bool:
         """Whether the generators of Python and numpy stand where they stood then."""
@@ -146,7 +157,7 @@ class StockRun:
         """
         for tensor, values in self._values:
             compare("a tensor that it changes in place", tensor, values, precision)
-        if not RandomState().same_in_torch(self._after):
+        if not TorchRandomState().same_in_torch(self._after):
             raise CaptureError("the graph draws other random numbers than Pyro")
 
     def finish(self) -> None:
@@ -167,15 +178,15 @@ def plain_run(svi: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any], list[An
 
 
 def _run(svi: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any], list[Any], list[str]]:
-    loss, sites = loss_and_sites(svi, args, kwargs)
-    parameters = list({id(p): p for p in map(unconstrained, sites.values())}.values())
+    loss, sites = _loss_and_sites(svi, args, kwargs)
+    parameters = list({id(p): p for p in map(_unconstrained, sites.values())}.values())
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     return loss, parameters, gradients, list(sites)
 
 
-def loss_and_sites(svi: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def _loss_and_sites(svi: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """Runs ``loss_and_grads``: the loss, and the values of param statements by name."""
     with poutine.trace(param_only=True) as tracer:
         loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
@@ -187,7 +198,7 @@ def _detached(loss: Any) -> Any:
     return loss.detach() if isinstance(loss, torch.Tensor) else loss
 
 
-def unconstrained(value: Any) -> torch.Tensor:
+def _unconstrained(value: Any) -> torch.Tensor:
     """The parameter behind the value of a param statement."""
     # With module_local_params the parameters of plain modules come without Pyro's mark.
     return value.unconstrained() if hasattr(value, "unconstrained") else value

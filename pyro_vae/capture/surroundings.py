@@ -54,7 +54,7 @@ class Place:
         value: What was there when it was last looked at.
     """
 
-    __slots__ = ("_key", "_owner", "_writes", "name", "value")
+    __slots__ = ("_key", "_owner", "name", "value")
 
     def __init__(self, name: str, owner: Any, key: Any, value: Any) -> None:
         self.name, self.value = name, value
